@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[..., 2 * intermediate] (gate first, then up) -> [..., intermediate]; silu(gate) is rounded before the product, as in HF."""
+    """[..., 2 * intermediate] (gate first, then up) -> [..., intermediate]; silu(gate) is rounded
+    before the product, as in HF.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

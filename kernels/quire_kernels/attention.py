@@ -1,10 +1,11 @@
 """Causal attention over a paged KV cache: what it computes, in plain torch.
 
-Knows no layers, requests or schedules. This is the oracle for `gpu/attention.py` and `cpu/attention.py`: it walks one
-request at a time and is meant to be read, not to be fast.
+Knows no layers, requests or schedules. This is the oracle for `gpu/attention.py` and
+`cpu/attention.py`: it walks one request at a time and is meant to be read, not to be fast.
 
-Paging follows PagedAttention (Kwon et al., arXiv 2309.06180). Prefill and decode are one case: a request brings
-`query_len` new tokens at the end of a sequence of `seq_len` tokens, all of whose K and V are in the cache already.
+Paging follows PagedAttention (Kwon et al., arXiv 2309.06180). Prefill and decode are one case: a
+request brings `query_len` new tokens at the end of a sequence of `seq_len` tokens, all of whose K
+and V are in the cache already.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def paged_attention(
     query_start_loc  [num_reqs + 1] int32, rising; tokens of request i are [loc[i], loc[i + 1])
     seq_lens         [num_reqs] int32, KV length after this step; 0 gives zeros
 
-    Query j of request i sits at position p = seq_lens[i] - query_len_i + j and sees the keys at (p - window, p], with
-    window 0 meaning all (Mistral's sliding window, arXiv 2310.06825). Query head h reads KV head h // (H / G), the
-    grouped-query attention of arXiv 2305.13245. `max_seq_len` and `fixed_tiles` only matter on a GPU.
+    Query j of request i sits at position p = seq_lens[i] - query_len_i + j and sees the keys at (p
+    - window, p], with window 0 meaning all (Mistral's sliding window, arXiv 2310.06825). Query head
+    h reads KV head h // (H / G), the grouped-query attention of arXiv 2305.13245. `max_seq_len` and
+    `fixed_tiles` only matter on a GPU.
     """
     del max_seq_len, fixed_tiles
     group = q.shape[1] // k_cache.shape[1]

@@ -1,9 +1,11 @@
 """RoPE on queries and keys, and the write of K and V into the paged cache, in plain torch.
 
-Knows no layers or models: the caller gives the angles as a table and the place of each token as a number.
+Knows no layers or models: the caller gives the angles as a table and the place of each token as a
+number.
 
-RoPE is the half-rotation of GPT-NeoX (element i pairs with i + rotary_dim / 2; Su et al., arXiv 2104.09864). Angles and
-products are f32 with one rounding at the end, so a stored key carries the least error for its dtype.
+RoPE is the half-rotation of GPT-NeoX (element i pairs with i + rotary_dim / 2; Su et al., arXiv
+2104.09864). Angles and products are f32 with one rounding at the end, so a stored key carries the
+least error for its dtype.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ def rope_kv_write(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> None:
-    """Rotate `q` in place; write rotated k and plain v into the cache. `k` and `v` are left as they are.
+    """Rotate `q` in place; write rotated k and plain v into the cache, leaving `k` and `v` alone.
 
-    q                [num_tokens, num_heads, head_dim] f32, f16 or bf16, head_dim contiguous (a view of fused QKV is fine)
+    q                [num_tokens, num_heads, head_dim] f32, f16 or bf16; a view of fused QKV is fine
     k, v             [num_tokens, num_kv_heads, head_dim]
     positions        [num_tokens] int32 or int64
-    cos_sin_cache    [max_position, rotary_dim] f32: cos of the rotary_dim / 2 angles, then their sin; rotary_dim <= head_dim,
-                     elements from rotary_dim on pass through
+    cos_sin_cache    [max_position, rotary_dim] f32: cos of rotary_dim / 2 angles, then their sin;
+                     elements of a head from rotary_dim on pass through
     k_cache, v_cache [num_blocks, num_kv_heads, block_size, head_dim], any strides
     slot_mapping     [num_tokens] int64, block_id * block_size + offset; negative = do not write
     q_norm, k_norm   [head_dim] or None: RMSNorm of each head before RoPE (Qwen3, arXiv 2505.09388)

@@ -1,9 +1,10 @@
 """From raw logits to the processed logits that `sampling.sample` draws from, in plain torch.
 
-Knows no requests: one row of tensors per row of the batch. A row's result depends on that row alone, and a row whose
-switches are off keeps its bits. Two traps shape the code. A torch sum over a long row is split over threads when there
-are few rows, so its bits depend on the batch; softmax and cumsum work row by row, and only they are used. And every filter
-is one threshold per row, so equal logits stay or go together and no order of ties can leak in.
+Knows no requests: one row of tensors per row of the batch. A row's result depends on that row
+alone, and a row whose switches are off keeps its bits. Two traps shape the code. A torch sum over a
+long row is split over threads when there are few rows, so its bits depend on the batch; softmax and
+cumsum work row by row, and only they are used. And every filter is one threshold per row, so equal
+logits stay or go together and no order of ties can leak in.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-_SHORT_LIST = 512  # candidates looked at before a whole row is sorted; a constant, so that no row depends on another's k
+# Candidates looked at before a whole row is sorted; constant, so no row depends on another's k.
+_SHORT_LIST = 512
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """The arguments of `apply_penalties`; `off` values are repetition 1, presence 0, frequency 0."""
+    """The arguments of `apply_penalties`; off is repetition 1, presence 0, frequency 0."""
 
     output_counts: torch.Tensor  # [n, vocab] int32: how often each token was generated
     prompt_mask: torch.Tensor  # [n, vocab] bool: the token occurs in the prompt
@@ -37,9 +39,9 @@ def process_logits(
 ) -> torch.Tensor:
     """Penalties, temperature, top-k, top-p, min-p, in that order (transformers' order).
 
-    logits [n, vocab] any float dtype; temperatures f32 [n], 0 = greedy; top_k int [n], 0 = off; top_p f32 [n], 1 = off;
-    min_p f32 [n], 0 = off. None = off for every row. Returns f32 [n, vocab]; `logits` is not changed, but may be returned
-    itself when it is f32 and nothing applies.
+    logits [n, vocab] any float dtype; temperatures f32 [n], 0 = greedy; top_k int [n], 0 = off;
+    top_p f32 [n], 1 = off; min_p f32 [n], 0 = off. None = off for every row. Returns f32 [n,
+    vocab]; `logits` is not changed, but may be returned itself when it is f32 and nothing applies.
     """
     logits = logits.float()
     if penalties is not None:
@@ -56,8 +58,12 @@ def process_logits(
 
 
 def count_tokens(token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """token_ids int [n, length], padded with -1 -> int32 [n, vocab_size], how often each id occurs in its row."""
-    counts = torch.zeros(token_ids.shape[0], vocab_size + 1, dtype=torch.int32, device=token_ids.device)
+    """token_ids int [n, length], padded with -1 -> int32 [n, vocab_size], how often each id occurs
+    in its row.
+    """
+    counts = torch.zeros(
+        token_ids.shape[0], vocab_size + 1, dtype=torch.int32, device=token_ids.device
+    )
     places = torch.where(token_ids < 0, vocab_size, token_ids).long()
     counts.scatter_add_(1, places, torch.ones_like(places, dtype=torch.int32))
     return counts[:, :vocab_size]
@@ -73,8 +79,9 @@ def apply_penalties(
 ) -> torch.Tensor:
     """logits [n, vocab], other shapes as in `Penalties` -> f32 [n, vocab].
 
-    Repetition (CTRL, arXiv 1909.05858): over prompt and output, positive logits are divided by it and others multiplied.
-    Presence and frequency (the OpenAI definition): over the output, logit - frequency * count - presence * (count > 0).
+    Repetition (CTRL, arXiv 1909.05858): over prompt and output, positive logits are divided by it
+    and others multiplied. Presence and frequency (the OpenAI definition): over the output, logit -
+    frequency * count - presence * (count > 0).
     """
     logits = logits.float()
     factor = repetition[:, None]
@@ -95,11 +102,13 @@ def mask_top_k_top_p_min_p(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """logits f32 [n, vocab] -> f32 [n, vocab] with -inf at what is excluded; shapes as in `process_logits`.
+    """logits f32 [n, vocab] -> f32 [n, vocab] with -inf at what is excluded; shapes as in
+    `process_logits`.
 
-    top-k keeps the k highest logits and any equal to the k-th; top-p (arXiv 1904.09751) keeps, among those and with their
-    probabilities renormalised, the highest until their sum reaches p, and any equal to the last; min-p (arXiv 2407.01082)
-    keeps probabilities of at least min_p times the highest. The most likely token always stays.
+    top-k keeps the k highest logits and any equal to the k-th; top-p (arXiv 1904.09751) keeps,
+    among those and with their probabilities renormalised, the highest until their sum reaches p,
+    and any equal to the last; min-p (arXiv 2407.01082) keeps probabilities of at least min_p times
+    the highest. The most likely token always stays.
     """
     n, vocab = logits.shape
     if top_k is None and top_p is None and min_p is None:
@@ -112,7 +121,9 @@ def mask_top_k_top_p_min_p(
         threshold = _threshold(logits, k, p) if logits.is_cuda else _threshold_short(logits, k, p)
     if min_p is not None:
         highest = logits.amax(dim=-1)
-        threshold = torch.maximum(threshold, highest + min_p.clamp(0, 1).log())  # log 0 = -inf = off
+        threshold = torch.maximum(
+            threshold, highest + min_p.clamp(0, 1).log()
+        )  # log 0 = -inf = off
     return logits.masked_fill(logits < threshold[:, None], float("-inf"))
 
 
@@ -126,7 +137,9 @@ def _threshold(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.
 
 
 def _nucleus(values: torch.Tensor, probs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The last value that top-p keeps, [n]; values and their probs [n, length] come sorted, highest first."""
+    """The last value that top-p keeps, [n]; values and their probs [n, length] come sorted, highest
+    first.
+    """
     before = torch.nn.functional.pad(probs.cumsum(dim=-1)[:, :-1], (1, 0))
     kept = ((before < p[:, None]) & (probs > 0)).sum(dim=-1).clamp(min=1)
     last = values.gather(1, kept[:, None] - 1)[:, 0]
@@ -134,12 +147,13 @@ def _nucleus(values: torch.Tensor, probs: torch.Tensor, p: torch.Tensor) -> torc
 
 
 def _threshold_short(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """`_threshold` for CPU: a short list of the highest logits settles nearly every row; the rest are sorted whole.
+    """`_threshold` for CPU: a short list of the highest logits settles nearly every row; the rest
+    are sorted whole.
 
     Which way a row takes follows from its own numbers only, never from its neighbours'.
     """
     n, vocab = logits.shape
-    threshold = torch.full((n,), float("-inf"))
+    threshold = torch.full((n,), float("-inf"), device=logits.device)
     length = min(_SHORT_LIST, vocab)
     rows = ((k < vocab) | (p < 1)).nonzero()[:, 0]
     if len(rows) == 0:

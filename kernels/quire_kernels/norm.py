@@ -1,8 +1,9 @@
 """RMSNorm, alone and fused with the residual addition, in plain torch.
 
-Knows one row at a time. Rounding follows transformers' LlamaRMSNorm exactly, so that a checkpoint gives the logits it was
-trained to give: the variance is f32, and x * rsqrt is rounded to x's dtype before the product with the weight.
-Source: Zhang and Sennrich, arXiv 1910.07467; transformers, models/llama/modeling_llama.py.
+Knows one row at a time. Rounding follows transformers' LlamaRMSNorm exactly, so that a checkpoint
+gives the logits it was trained to give: the variance is f32, and x * rsqrt is rounded to x's dtype
+before the product with the weight. Source: Zhang and Sennrich, arXiv 1910.07467; transformers,
+models/llama/modeling_llama.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, residual [..., hidden] -> (rms_norm(x + residual), x + residual); the sum is rounded to x's dtype first."""
+    """x, residual [..., hidden] -> (rms_norm(x + residual), x + residual); the sum is rounded to
+    x's dtype first.
+    """
     total = x + residual
     return rms_norm(total, weight, eps), total
