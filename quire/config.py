@@ -233,6 +233,25 @@ def settings() -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(EngineConfig)
 
 
+def from_settings(settings_: Mapping[str, Any]) -> EngineConfig:
+    """A config from Python values, as the Python API takes them: field names or their aliases,
+    values of the field's type or text as a flag would have it ("4GiB"). Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for key, value in settings_.items():
+        name = FLAG_ALIASES.get(key, key)
+        if name not in _FIELDS:
+            raise ConfigError(f"unknown setting {key!r}.{_nearest(key, _FIELDS)}")
+        kind = _kind_of(name)
+        if isinstance(value, str) and kind != "str":
+            value = _read(name, value, key)
+        elif kind == "list" and isinstance(value, list):
+            value = tuple(value)
+        elif kind == "str" and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        values[name] = value
+    return EngineConfig(**values).check()
+
+
 def flag(name: str) -> str:
     """'max_num_seqs' -> '--max-num-seqs'."""
     return "--" + name.replace("_", "-")
@@ -252,9 +271,7 @@ def _bounded(f: dataclasses.Field[Any], value: Any) -> None:
     if not isinstance(value, expected) or (isinstance(value, bool) and meta["kind"] != "bool"):
         raise ConfigError(f"{flag(f.name)}: {value!r} is not of type {meta['kind']}.")
     if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(
-            f"{flag(f.name)}: {value!r} is not one of {', '.join(meta['choices'])}."
-        )
+        raise ConfigError(f"{flag(f.name)}: {value!r} is not one of {', '.join(meta['choices'])}.")
     low, high = meta["low"], meta["high"]
     if low is not None and not (math.isfinite(value) and low <= value <= high):
         raise ConfigError(f"{flag(f.name)} must be between {low:g} and {high:g}, not {value}.")
@@ -372,12 +389,12 @@ def _file_name(path: str, section: str, key: str) -> tuple[str, str]:
     raise ConfigError(f"{path}: unknown key {key!r} in [{section}].{_nearest(key, _FIELDS)}")
 
 
-def split_flags(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_flags(args: Sequence[str], also: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
     """Split a command line into settings {field: text} and the positional rest.
 
     Takes --name value, --name=value, and for switches --name and --no-name. A list may be
-    given as several words or several times. Raises ConfigError with a suggestion for a flag
-    it does not know.
+    given several times. Raises ConfigError with a suggestion for a flag it does not know;
+    `also`: flags of the command itself, which may be suggested too.
     """
     found: dict[str, str] = {}
     rest: list[str] = []
@@ -399,7 +416,7 @@ def split_flags(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             name, negated = name[3:], True
         name = FLAG_ALIASES.get(name, name)
         if name not in _FIELDS or not (key.startswith("--") or key in _SHORT):
-            known = [flag(n) for n in (*_FIELDS, *FLAG_ALIASES)]
+            known = [*also, *(flag(n) for n in (*_FIELDS, *FLAG_ALIASES))]
             raise ConfigError(f"unknown flag {key}.{_nearest(key, known)}")
         if _kind_of(name) == "bool":
             value = _bool(text) if has_value else True
@@ -480,5 +497,18 @@ FILE_ALIASES = {
     ("cache", "enabled"): Alias("enable_prefix_caching"),
     ("cache", "max_size_mb"): Alias("kv_cache_memory_bytes", "MiB"),
 }
+
+
+def to_environ(config: EngineConfig) -> dict[str, str]:
+    """The variables that give another process the same config, whatever it inherits beside."""
+    found = {}
+    for f in settings():
+        value = getattr(config, f.name)
+        if value != f.default:
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            found[variable(f.name)] = text
+    return found
+
+
 # QUIRE_ variables that are no settings: read elsewhere, each at one place.
-NOT_SETTINGS = {"QUIRE_CONFIG", "QUIRE_CACHE_DIR"}
+NOT_SETTINGS = {"QUIRE_CONFIG", "QUIRE_CACHE_DIR", "QUIRE_SUPERVISED"}

@@ -87,3 +87,14 @@ def _checked(folder: Path, partial: bool = False) -> Path:
     if partial and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} holds no *.safetensors")
     return folder
+
+
+def resolve_tokenizer(tokenizer: str, folder: Path) -> Path:
+    """The folder of --tokenizer, or the model's own."""
+    if not tokenizer:
+        return folder
+    path = Path(tokenizer).expanduser()
+    path = path.parent if path.name == "tokenizer.json" else path
+    if not path.is_dir():
+        raise ModelError(f"--tokenizer {tokenizer} is not a folder that holds tokenizer.json.")
+    return path

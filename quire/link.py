@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from typing import Protocol
 
 
@@ -47,14 +48,14 @@ class QueueLink:
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
-        self._peers: dict[bytes, queue.SimpleQueue[bytes | None]] = {}
+        self._peers: dict[bytes, queue.SimpleQueue[tuple[int, bytes] | None]] = {}
         self._lock = threading.Lock()
 
     def worker(self) -> QueueWorkerLink:
         """A new peer's end."""
         with self._lock:
             peer = b"thread-%d" % len(self._peers)
-            outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            outbox: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
             self._peers[peer] = outbox
         return QueueWorkerLink(peer, self._inbox, outbox)
 
@@ -62,7 +63,7 @@ class QueueLink:
         outbox = self._peers.get(peer)
         if outbox is None:
             return False
-        outbox.put(frame)
+        outbox.put((time.monotonic_ns(), frame))
         return True
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
@@ -91,8 +92,9 @@ class QueueWorkerLink:
         self,
         peer: bytes,
         inbox: queue.SimpleQueue[tuple[bytes, bytes] | None],
-        outbox: queue.SimpleQueue[bytes | None],
+        outbox: queue.SimpleQueue[tuple[int, bytes] | None],
     ) -> None:
+        self.received_ns = 0  # monotonic arrival time of the frame recv() gave last
         self._peer = peer
         self._inbox = inbox
         self._outbox = outbox
@@ -102,9 +104,13 @@ class QueueWorkerLink:
 
     def recv(self, timeout_s: float) -> bytes | None:
         try:
-            return self._outbox.get(timeout=timeout_s)
+            item = self._outbox.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        if item is None:
+            return None
+        self.received_ns, frame = item
+        return frame
 
     def close(self) -> None:
         self._outbox.put(None)

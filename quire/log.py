@@ -71,7 +71,9 @@ class TextFormatter(logging.Formatter):
 
 
 def _plain(value: object) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
+    )
 
 
 def _timestamp(seconds: float) -> str:

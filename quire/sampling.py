@@ -171,9 +171,7 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name} must be an integer, not {_kind(value)}.", name)
     if not low <= value <= high:
-        raise InvalidRequest(
-            f"{name} must be between {low} and {high}, not {_short(value)}.", name
-        )
+        raise InvalidRequest(f"{name} must be between {low} and {high}, not {_short(value)}.", name)
 
 
 def _strings(name: str, values: object, count: int, size: int) -> None:

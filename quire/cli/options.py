@@ -1,0 +1,190 @@
+"""The commands and their own options; settings (flags of EngineConfig) come on top.
+
+Splits a command line into three: options of the command, settings, positional words. Knows
+neither what a command does nor where settings come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.config import split_flags
+from quire.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """`--name` of one command. metavar '' = a switch; low/high: bounds of a number."""
+
+    name: str
+    help: str
+    metavar: str = ""
+    default: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+HELP = Option("--help", "this page; --help=all: every setting, with variables and aliases")
+VERSION = Option("--version", "print the version")
+CONFIG = Option("--config", "settings from a TOML file (flag > QUIRE_* > file)", "FILE")
+PRINT = Option("--print-config", "print each setting's value and where it came from")
+_SETTINGS = (CONFIG, PRINT)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb. entry: 'module:function', imported when it runs; positional: its one word."""
+
+    name: str
+    summary: str
+    entry: str
+    options: tuple[Option, ...] = ()
+    positional: str = ""
+
+
+COMMANDS = (
+    Command(
+        "serve",
+        "start gateway, scheduler and worker, and keep them running",
+        "quire.cli.serve:run",
+        (Option("--dry-run", "check everything, print the plan, start nothing"), *_SETTINGS),
+        "MODEL",
+    ),
+    Command(
+        "generate",
+        "complete one prompt, without a server",
+        "quire.cli.generate:run",
+        (
+            Option("--prompt", "the text to go on from; - reads it from stdin", "TEXT"),
+            Option("--max-tokens", "most tokens to make", "N", "128"),
+            Option("--temperature", "0 = always the likeliest token", "X", "0"),
+            Option("--top-p", "sample from the likeliest tokens of this mass", "X", "1"),
+            Option("--top-k", "sample from the k likeliest tokens; 0 = all", "N", "0"),
+            Option("--seed", "same seed, same text", "N"),
+            Option("--stop", "end at this string", "TEXT"),
+            *_SETTINGS,
+        ),
+        "MODEL",
+    ),
+    Command(
+        "chat",
+        "talk to a model; /quit ends",
+        "quire.cli.chat:run",
+        (
+            Option("--url", "a running server; default: no server, in this process", "URL"),
+            Option("--system", "instructions that come first", "TEXT"),
+            Option("--max-tokens", "most tokens in an answer", "N", "512"),
+            Option("--temperature", "0 = always the likeliest token", "X", "0.7"),
+            Option("--seed", "same seed, same answers", "N"),
+            *_SETTINGS,
+        ),
+        "MODEL",
+    ),
+    Command("gateway", "only the gateway (HTTP)", "quire.cli.services:gateway", _SETTINGS),
+    Command("scheduler", "only the scheduler", "quire.cli.services:scheduler", _SETTINGS),
+    Command(
+        "worker",
+        "only a worker (one per device)",
+        "quire.cli.services:worker",
+        (Option("--rank", "which worker this is", "N", "0"), *_SETTINGS),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line taken apart. options: only what was given; settings: field -> text."""
+
+    command: Command
+    options: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def option(self, key: str) -> str:
+        """What was given for an option, or its default; switches are '1' or ''."""
+        if key in self.options:
+            return self.options[key]
+        return next(o.default for o in self.command.options if o.key == key)
+
+    def number(self, key: str, low: float, high: float) -> float:
+        """A finite option between low and high. Raises ConfigError with the bounds."""
+        text = self.option(key)
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            name = "--" + key.replace("_", "-")
+            raise ConfigError(f"{name} must be between {low:g} and {high:g}, not {text!r}.")
+        return value
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        """An integer option between low and high. Raises ConfigError with the bounds."""
+        text = self.option(key)
+        name = "--" + key.replace("_", "-")
+        try:
+            value = int(text)
+        except ValueError:
+            raise ConfigError(f"{name} must be an integer, not {text!r}.") from None
+        if not low <= value <= high:
+            raise ConfigError(f"{name} must be between {low} and {high}, not {text}.")
+        return value
+
+
+def find(name: str) -> Command:
+    """The command of that name. Raises ConfigError with a suggestion."""
+    for command in COMMANDS:
+        if command.name == name:
+            return command
+    names = [c.name for c in COMMANDS]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(names)}."
+    raise ConfigError(f"unknown command {name!r}. {hint}")
+
+
+def parse(command: Command, words: Sequence[str]) -> Line:
+    """Take `words` (what follows the command) apart.
+
+    Raises ConfigError for what the command does not take.
+    """
+    options, rest = _take(command.options, list(words))
+    settings, positional = split_flags(rest, also=[o.name for o in command.options])
+    if positional and command.positional:
+        word, *positional = positional
+        if settings.get("model", word) != word:
+            raise ConfigError(
+                f"two models: {word!r} and --model {settings['model']!r}; give one of them."
+            )
+        settings["model"] = word
+    if positional:
+        raise ConfigError(
+            f"{command.name} does not take {positional[0]!r}; see quire {command.name} --help."
+        )
+    return Line(command, options, settings)
+
+
+def _take(known: Sequence[Option], words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The command's own options out of the words, and the other words."""
+    table = {o.name: o for o in known}
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return found, [*rest, "--", *words]
+        name, has_value, value = word.partition("=")
+        option = table.get(name)
+        if option is None:
+            rest.append(word)
+        elif not option.metavar:
+            if has_value:
+                raise ConfigError(f"{name} takes no value.")
+            found[option.key] = "1"
+        elif has_value or words:
+            found[option.key] = value if has_value else words.pop(0)
+        else:
+            raise ConfigError(f"{name} needs a value: {option.help}.")
+    return found, rest

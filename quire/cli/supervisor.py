@@ -1,0 +1,275 @@
+"""Start the services as child processes, keep them running, and end them in order.
+
+Knows how to start, watch and stop processes and one HTTP route (/ready); what the
+services do is theirs. Children die with this process, however it dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire.cli import child
+from quire.config import ENV_ALIASES, NOT_SETTINGS, EngineConfig, to_environ
+
+BACKOFF_S = (0.1, 5.0)  # first and longest wait before a restart
+STEADY_S = 10.0  # a child that ran this long starts at the first wait again
+GRACE_S = 5.0  # from SIGTERM to SIGKILL, beside the time for draining
+POLL_S = 0.05
+
+
+@dataclass
+class Service:
+    """One supervised service. Mutable state: process and backoff_s, changed by its task alone."""
+
+    name: str
+    command: list[str]
+    grace_s: float = GRACE_S
+    backoff_s: float = BACKOFF_S[0]
+    process: asyncio.subprocess.Process | None = None
+    started: float = field(default=0.0)
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+
+def services(config: EngineConfig) -> list[Service]:
+    """What serves `config`, in the order in which it is stopped."""
+    run = [sys.executable, "-P", "-m", "quire.cli"]
+    ranks = range(config.tensor_parallel_size)
+    return [
+        Service("gateway", [*run, "gateway"], grace_s=config.drain_timeout + GRACE_S),
+        Service("scheduler", [*run, "scheduler"]),
+        *(Service(_rank_name(r, len(ranks)), [*run, "worker", "--rank", str(r)]) for r in ranks),
+    ]
+
+
+def _rank_name(rank: int, count: int) -> str:
+    return "worker" if count == 1 else f"worker {rank}"
+
+
+def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What a child inherits: all but settings, which it gets resolved.
+
+    By the environment and not by flags, so that no key shows in a list of processes.
+    """
+    kept = {
+        key: value
+        for key, value in inherited.items()
+        if key not in ENV_ALIASES
+        and key != "QUIRE_CONFIG"
+        and (not key.startswith("QUIRE_") or key in NOT_SETTINGS)
+    }
+    return {**kept, **to_environ(config), child.VARIABLE: str(os.getpid())}
+
+
+class Supervisor:
+    """Runs a list of services until told to stop. One use each; `run` is its whole life."""
+
+    def __init__(
+        self,
+        services: list[Service],
+        environ: Mapping[str, str],
+        ready: Callable[[], Coroutine[Any, Any, None]],
+        say: Callable[..., None],
+    ) -> None:
+        """`ready` is a coroutine function that returns when the services can be used."""
+        self._services = services
+        self._environ = dict(environ)
+        self._ready = ready
+        self._say = say
+        # Mutable state, all of it touched by the event loop's thread only.
+        self._is_ready = False
+        self._stop = asyncio.Event()
+        self._signals = 0
+        self._failed: asyncio.Future[tuple[Service, int]] | None = None
+
+    async def run(self, on_ready: Callable[[], None]) -> int:
+        """Start all, call `on_ready` once they can be used, watch until a signal; the status."""
+        loop = asyncio.get_running_loop()
+        self._failed = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._on_signal)
+        watchers = [
+            asyncio.create_task(self._keep(s), name=f"watch {s.name}") for s in self._services
+        ]
+        ready = asyncio.create_task(self._ready(), name="ready")
+        stop = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            waiting: set[asyncio.Future[Any]] = {ready, stop, self._failed}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                return self._report(*self._failed.result())
+            if ready.done():
+                ready.result()
+                self._is_ready = True
+                on_ready()
+                await stop
+            return 0
+        finally:
+            self._stop.set()
+            ready.cancel()
+            await self._end_all()
+            for task in (*watchers, stop):
+                task.cancel()
+            await asyncio.gather(*watchers, ready, stop, return_exceptions=True)
+            self._kill_all()
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:
+            self._kill_all()
+
+    async def _keep(self, service: Service) -> None:
+        """Start one service, and again whenever it ends, until all stop."""
+        while not self._stop.is_set():
+            service.started = time.monotonic()
+            service.process = await asyncio.create_subprocess_exec(
+                *service.command,
+                env=self._environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                # Ctrl-C goes to the terminal's whole group; the order of ending is ours.
+                process_group=0,
+            )
+            if self._stop.is_set():
+                service.process.kill()
+            status = await service.process.wait()
+            if self._stop.is_set():
+                return
+            if not self._is_ready:
+                if self._failed is not None and not self._failed.done():
+                    self._failed.set_result((service, status))
+                return
+            await self._pause(service, status)
+
+    async def _pause(self, service: Service, status: int) -> None:
+        """Wait before a restart: longer each time, unless the service had run a while."""
+        if time.monotonic() - service.started > STEADY_S:
+            service.backoff_s = BACKOFF_S[0]
+        self._say(
+            f"{service.name} {ended(status)}; starting it again in {service.backoff_s:g} s.",
+            child=service.name,
+            status=status,
+        )
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), service.backoff_s)
+        service.backoff_s = min(service.backoff_s * 2, BACKOFF_S[1])
+
+    def _report(self, service: Service, status: int) -> int:
+        """Tell why the start failed, where the child could not; the exit status."""
+        if status > 0:  # it has said why itself
+            return status
+        hint = " The system may have run out of memory." if status == -signal.SIGKILL else ""
+        print(
+            f"Error: {service.name} {ended(status)} while it started.{hint}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+
+    async def _end_all(self) -> None:
+        """SIGTERM one after the other, each with its time; SIGKILL what is left.
+
+        A start that failed has nothing to drain: then all are ended at once.
+        """
+        if not self._is_ready:
+            for service in self._services:
+                self._signal(service, signal.SIGTERM)
+            grace = time.monotonic() + 2.0
+            for service in self._services:
+                await self._gone(service, max(grace - time.monotonic(), 0.0))
+            return
+        for service in self._services:
+            self._signal(service, signal.SIGTERM)
+            await self._gone(service, service.grace_s)
+
+    async def _gone(self, service: Service, timeout_s: float) -> None:
+        if service.process is None or service.process.returncode is not None:
+            return
+        try:
+            await asyncio.wait_for(service.process.wait(), timeout_s)
+        except TimeoutError:
+            self._say(f"{service.name} did not end in {timeout_s:.0f} s; killed.")
+            self._signal(service, signal.SIGKILL)
+            await service.process.wait()
+
+    def _kill_all(self) -> None:
+        for service in self._services:
+            self._signal(service, signal.SIGKILL)
+
+    @staticmethod
+    def _signal(service: Service, number: signal.Signals) -> None:
+        if service.process is not None and service.process.returncode is None:
+            with suppress(ProcessLookupError):
+                service.process.send_signal(number)
+
+
+def ended(status: int) -> str:
+    """'ended with status 1' or 'was killed by SIGKILL'."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+async def until_ready(host: str, port: int, say: Callable[..., None]) -> None:
+    """Return when GET /ready answers 200; say what /health names as the reason until then."""
+    told = ""
+    begin = time.monotonic()
+    while True:
+        status, _ = await get(host, port, "/ready")
+        if status == 200:
+            return
+        if status:
+            _, body = await get(host, port, "/health")
+            now = _progress(body)
+            if now and now != told and time.monotonic() - begin > 1.0:
+                told = now
+                say(f"  {now} ({time.monotonic() - begin:.0f} s)")
+        await asyncio.sleep(POLL_S)
+
+
+def _progress(body: bytes) -> str:
+    """The reason in a /health body, in words."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return ""
+    if not isinstance(found, dict):
+        return ""
+    for key in ("detail", "problem", "message", "status"):
+        if isinstance(found.get(key), str) and found[key]:
+            return str(found[key])[:120]
+    return ""
+
+
+async def get(host: str, port: int, path: str) -> tuple[int, bytes]:
+    """Status and body of one small HTTP answer; (0, b'') when there is none in 2 s."""
+    try:
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+                writer.write(head.encode())
+                answer = await reader.read(1 << 16)
+                while chunk := await reader.read(1 << 16):
+                    answer += chunk
+            finally:
+                writer.close()
+        line, _, body = answer.partition(b"\r\n\r\n")
+        return int(line.split(None, 2)[1]), body
+    except (OSError, TimeoutError, ValueError, IndexError):
+        return 0, b""
