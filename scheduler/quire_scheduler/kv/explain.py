@@ -1,0 +1,106 @@
+"""Looking at the books: who has a block, and whether all of them agree.
+
+Changes nothing and is slow on purpose: it recomputes what the manager keeps up to date.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quire_scheduler.kv.blocks import NULL_BLOCK, BlockAccountingError, BlockIds
+from quire_scheduler.kv.names import NAME_BYTES
+from quire_scheduler.kv.radix import NO_BLOCKS, Node
+
+if TYPE_CHECKING:
+    from quire_scheduler.kv.manager import KVManager
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """What is known of one block."""
+
+    block_id: int
+    state: str  # null | free | used | cached | fenced
+    tier: str  # "device" until there are others
+    owners: tuple[str, ...]  # requests with the block in their table
+    num_holders: int  # requests and fences
+    age_s: float | None  # since it entered the tree; None outside it
+    hits: int
+    name: bytes | None  # 16 bytes; None while not hashed yet, or never published
+
+
+def explain_block(kv: KVManager, block_id: int) -> BlockInfo:
+    """See KVManager.explain. IndexError if there is no such block."""
+    pool = kv.pool
+    if not 0 <= block_id < pool.num_blocks:
+        raise IndexError(f"block {block_id} does not exist: the pool has {pool.num_blocks}")
+    holders = int(pool.refs[block_id])
+    if block_id == NULL_BLOCK:
+        state = "null"
+    elif pool.is_free(block_id):
+        state = "free"
+    elif not holders:
+        state = "cached"
+    else:
+        state = "fenced" if holders == int(pool.fence_refs[block_id]) else "used"
+    owners = tuple(handle.owner for handle in kv.handles if block_id in handle.block_ids)
+    age, hits, name = None, 0, kv.index.name_of(block_id)
+    for node in kv.tree.nodes():
+        where = np.flatnonzero(node.ids == block_id)
+        if len(where):
+            start = int(where[0]) * NAME_BYTES
+            name = node.names[start : start + NAME_BYTES] or None
+            age, hits = kv.clock() - node.created, node.hits
+    return BlockInfo(block_id, state, "device", owners, holders, age, hits, name)
+
+
+def check_books(kv: KVManager) -> None:
+    """See KVManager.check."""
+    kv.pool.check()
+    kv.tree.check()
+    pool, nodes = kv.pool, list(kv.tree.nodes())
+
+    in_tree = _all([node.ids for node in nodes])
+    by_name = kv.index.block_ids()
+    kept = np.concatenate((in_tree, by_name))
+    twice = np.flatnonzero(np.bincount(kept, minlength=pool.num_blocks) > 1)
+    if len(twice):
+        raise BlockAccountingError(f"block {twice[0]} is in the tree or name index twice")
+    wrong = np.setxor1d(kept, np.flatnonzero(pool.kept))
+    if len(wrong):
+        raise BlockAccountingError(f"block {wrong[0]}: pool and indexes disagree on keeping it")
+
+    held = _all([ids for handle in kv.handles for ids in (handle.block_ids, handle.shared)])
+    refs = np.bincount(held, minlength=pool.num_blocks) + pool.fence_refs
+    wrong = np.flatnonzero(refs != pool.refs)
+    if len(wrong):
+        raise BlockAccountingError(
+            f"block {wrong[0]} has {pool.refs[wrong[0]]} holders, {refs[wrong[0]]} are known"
+        )
+
+    locks: dict[Node, int] = {}
+    for handle in kv.handles:
+        step = handle.node
+        while step is not None:
+            locks[step] = locks.get(step, 0) + 1
+            step = step.parent
+    for node in nodes:
+        if node.ref != locks.get(node, 0):
+            raise BlockAccountingError(f"a node counts {node.ref} locks, has {locks.get(node, 0)}")
+        live = pool.refs[node.ids] - pool.fence_refs[node.ids]
+        if (live != node.ref).any():
+            bad = node.ids[live != node.ref][0]
+            raise BlockAccountingError(f"block {bad} and its node differ in holders")
+        if len(node.names) > NAME_BYTES * len(node.ids):
+            raise BlockAccountingError("a node has more names than blocks")
+        if (kv.ledger.named_seq[node.ids] < 0).any() and node not in kv.tree.unnamed:
+            raise BlockAccountingError("a block's name will never be told to the worker")
+    if any(node.ref != locks.get(node, 0) for node in kv.tree.roots.values()):
+        raise BlockAccountingError("a root's locks differ from the handles below it")
+
+
+def _all(parts: list[BlockIds]) -> BlockIds:
+    return np.concatenate(parts) if parts else NO_BLOCKS

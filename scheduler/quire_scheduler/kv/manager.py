@@ -1,0 +1,312 @@
+"""KVManager: the engine's one door to KV memory (match, allocate, publish, release, recover).
+
+Knows blocks, prefixes and names; not budgets, priorities, slots, sockets or tensors. README.md here
+has the rules for callers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire_scheduler.kv import eviction
+from quire_scheduler.kv.blocks import BlockAccountingError, BlockIds, BlockPool
+from quire_scheduler.kv.explain import BlockInfo, check_books, explain_block
+from quire_scheduler.kv.handle import KVHandle, KVStats
+from quire_scheduler.kv.names import NAME_BYTES, ModelIdentity, Namespace, root_of, token_bytes
+from quire_scheduler.kv.naming import NameIndex, NameLedger
+from quire_scheduler.kv.radix import NO_BLOCKS, Node, RadixTree
+from quire_scheduler.kv.recovery import adopt, drop_unacknowledged, find_by_name
+
+
+class KVManager:
+    """See README.md. Single-threaded; every method returns without waiting."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        identity: ModelIdentity,
+        *,
+        enable_prefix_caching: bool = True,
+        eviction_policy: str = "lru",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}: it must be at least 1")
+        self.block_size = block_size
+        self.identity = identity
+        self.enable_prefix_caching = enable_prefix_caching
+        self.stats = KVStats()
+        self.clock = clock
+        self._policy = eviction.policy(eviction_policy)
+        self._start(num_blocks)
+
+    def _start(self, num_blocks: int) -> None:
+        # The mutable state. Each part guards its own; only this class lets them change together.
+        self.pool = BlockPool(num_blocks)
+        self.tree = RadixTree(4 * self.block_size, self._policy, self.clock, self._root_name)
+        self.ledger = NameLedger(num_blocks)
+        self.index = NameIndex()
+        self.handles: dict[KVHandle, None] = {}
+        self.acknowledged = 0  # highest plan of this epoch with a result
+
+    # -- a request comes in
+
+    def match_prefix(
+        self,
+        tokens: NDArray[np.int32],
+        namespace: Namespace,
+        *,
+        owner: str = "",
+        use_cache: bool = True,
+    ) -> tuple[int, KVHandle]:
+        """Locks the longest cached prefix of `tokens` [num_tokens]: (num_cached_tokens, handle).
+
+        At least the last token is left to compute. use_cache=False hits nothing but may publish.
+        """
+        node: Node | None = None
+        ids = NO_BLOCKS
+        if self.enable_prefix_caching:
+            max_blocks = max(0, len(tokens) - 1) // self.block_size if use_cache else 0
+            data = token_bytes(tokens)
+            match = self.tree.match(namespace, data, max_blocks)
+            node = self.tree.lock(match)
+            ids = match.block_ids
+            self.pool.retain(ids)
+            if len(self.index) and len(ids) < max_blocks:
+                node, grafted = self._graft(node, data, len(ids), max_blocks)
+                ids = np.concatenate((ids, grafted))
+        num_cached_tokens = len(ids) * self.block_size
+        handle = KVHandle(
+            owner,
+            node,
+            table=np.concatenate((ids, np.empty(16, np.int32))),
+            num_blocks=len(ids),
+            num_published=len(ids),
+            num_cached_tokens=num_cached_tokens,
+            num_query_tokens=len(tokens) if use_cache and self.enable_prefix_caching else 0,
+            shared=NO_BLOCKS,
+        )
+        self.handles[handle] = None
+        return num_cached_tokens, handle
+
+    def peek_prefix(self, tokens: NDArray[np.int32], namespace: Namespace) -> int:
+        """Tokens the tree would serve now (not those known by name only); touches nothing."""
+        if not self.enable_prefix_caching:
+            return 0
+        max_blocks = max(0, len(tokens) - 1) // self.block_size
+        match = self.tree.match(namespace, token_bytes(tokens), max_blocks)
+        return len(match.block_ids) * self.block_size
+
+    # -- room
+
+    def allocate_for(self, handle: KVHandle, num_blocks: int) -> BlockIds | None:
+        """Appends num_blocks blocks to the handle's table and returns them; evicts as needed.
+
+        None if free and evictable blocks do not suffice; then nothing has changed.
+        """
+        self._require_live(handle)
+        ids = self._allocate(num_blocks)
+        if ids is not None:
+            self._count(handle)
+            handle.append(ids)
+        return ids
+
+    def allocate_many(
+        self, handles: Sequence[KVHandle], counts: NDArray[np.int32]
+    ) -> BlockIds | None:
+        """allocate_for over handles [n] with counts [n], all or nothing: int32 [sum(counts)]."""
+        for handle in handles:
+            self._require_live(handle)
+        ids = self._allocate(int(counts.sum()))
+        if ids is None:
+            return None
+        start = 0
+        for handle, count in zip(handles, counts.tolist(), strict=True):
+            self._count(handle)
+            handle.append(ids[start : start + count])
+            start += count
+        return ids
+
+    @property
+    def num_allocatable(self) -> int:
+        return self.pool.num_free + self.pool.num_cached
+
+    # -- content
+
+    def publish(self, handle: KVHandle, tokens: NDArray[np.int32], seq: int) -> int:
+        """Offers the full blocks of `tokens` [num_known] to the tree, as written by plan `seq`.
+
+        Returns how many of the request's blocks entered. README.md says which tokens are known.
+        """
+        self._require_live(handle)
+        first, last = handle.num_published, len(tokens) // self.block_size
+        if last <= first:
+            return 0
+        if last > handle.num_blocks:
+            raise ValueError(
+                f"{len(tokens)} tokens fill {last} blocks but {handle.owner or 'the request'} "
+                f"has {handle.num_blocks}: allocate before publishing"
+            )
+        self._count(handle)
+        handle.num_published = last
+        if handle.node is None:
+            return 0
+        ids = handle.table[first:last]
+        data = token_bytes(tokens[first * self.block_size : last * self.block_size])
+        handle.node, shared, displaced = self.tree.insert(handle.node, data, ids)
+        entered = ids[len(shared) :]
+        self.pool.keep(entered)
+        self.ledger.publish(entered, seq)
+        if len(shared):
+            self.pool.retain(shared)
+            handle.shared = np.concatenate((handle.shared, shared))
+        if len(displaced):
+            self.pool.unkeep(displaced)
+        return len(entered)
+
+    def acknowledge(self, seq: int) -> None:
+        """Plan `seq` was executed: what it wrote is certain, fences up to it are passed."""
+        self.acknowledged = max(self.acknowledged, seq)
+        self.pool.pass_fence(seq)
+
+    def take_named(self, seq: int) -> tuple[BlockIds, bytes]:
+        """named_block_ids [n] and block_names (16 * n bytes) for plan `seq`.
+
+        Call it after the plan's last allocation: the worker applies names after new blocks.
+        """
+        if seq <= self.acknowledged:
+            raise ValueError(f"plan {seq} was answered already: names go with a plan to come")
+        return self.ledger.take(self.tree, seq)
+
+    # -- the way out
+
+    def release(self, handle: KVHandle, *, fence_seq: int = 0) -> None:
+        """Gives everything back: blocks in the tree stay cached, the others become free.
+
+        With fence_seq they come back at acknowledge(fence_seq). A dead handle is left alone.
+        """
+        if not handle.live:
+            return
+        del self.handles[handle]
+        handle.live = False
+        if handle.node is not None:
+            self.tree.unlock(handle.node)
+        for ids in (handle.block_ids, handle.shared):
+            if fence_seq > self.acknowledged:
+                self.pool.fence(ids, fence_seq)
+            else:
+                self.pool.release(ids)
+        handle.node, handle.shared, handle.num_blocks = None, NO_BLOCKS, 0
+
+    # -- recovery
+
+    def reset_unacknowledged(self) -> None:
+        """New epoch, same worker: every handle dies, blocks of unanswered plans are dropped.
+
+        Fences now wait for plan 1 of the new epoch, before which a worker drains what they guard.
+        """
+        for handle in list(self.handles):
+            self.release(handle)
+        drop_unacknowledged(self.tree, self.ledger, self.pool, self.acknowledged)
+        self.pool.refence(1)
+        self.acknowledged = 0
+
+    def reset_all(self) -> None:
+        """The worker's memory is gone: every handle dies, every block is free. Stats go on."""
+        for handle in list(self.handles):
+            self.release(handle)
+        self._start(self.pool.num_blocks)
+
+    def adopt_inventory(self, ids: NDArray[np.int32], names: bytes) -> int:
+        """Blocks `ids` [n] that the worker holds under `names` (16 * n bytes), from its Hello.
+
+        Returns how many were taken in; those in use or known here are passed over.
+        """
+        if len(names) != NAME_BYTES * len(ids):
+            raise ValueError(f"{len(ids)} blocks come with {len(names)} bytes of names: 16 each")
+        if not self.enable_prefix_caching:
+            return 0
+        return adopt(self.pool, self.index, ids, names)
+
+    # -- looking
+
+    @property
+    def num_usable(self) -> int:
+        return self.pool.num_usable
+
+    @property
+    def num_free(self) -> int:
+        return self.pool.num_free
+
+    @property
+    def num_cached(self) -> int:
+        return self.pool.num_cached
+
+    @property
+    def num_fenced(self) -> int:
+        return self.pool.num_fenced
+
+    @property
+    def num_used(self) -> int:
+        return self.pool.num_used
+
+    @property
+    def usage(self) -> float:
+        return self.pool.num_used / self.pool.num_usable
+
+    def explain(self, block_id: int) -> BlockInfo:
+        """Who has a block, where, since when. A search: for people, not for the loop."""
+        return explain_block(self, block_id)
+
+    def check(self) -> None:
+        """Raises BlockAccountingError unless pool, tree, handles and index agree. When idle."""
+        check_books(self)
+
+    # -- inside
+
+    def _root_name(self, namespace: Hashable) -> bytes:
+        return root_of(self.identity, cast(Namespace, namespace), self.block_size)
+
+    def _require_live(self, handle: KVHandle) -> None:
+        if not handle.live:
+            raise ValueError(f"the KV handle of {handle.owner!r} is dead: match the request anew")
+
+    def _count(self, handle: KVHandle) -> None:
+        if not handle.counted:
+            handle.counted = True
+            if handle.num_query_tokens:
+                self.stats.queries += 1
+                self.stats.query_tokens += handle.num_query_tokens
+                self.stats.hit_tokens += handle.num_cached_tokens
+
+    def _allocate(self, n: int) -> BlockIds | None:
+        pool = self.pool
+        if n > pool.num_free:
+            if n > pool.num_free + pool.num_cached:
+                return None
+            while pool.num_free < n:
+                short, before = n - pool.num_free, pool.num_free
+                ids = self.index.pop_any(short) if len(self.index) else self.tree.evict(short)
+                if not len(ids):
+                    raise BlockAccountingError(f"{pool.num_cached} blocks cached, none evictable")
+                pool.unkeep(ids)  # fenced ones do not become free yet, hence the loop
+                self.stats.evicted_blocks += pool.num_free - before
+        return pool.allocate(n)
+
+    def _graft(self, node: Node, data: bytes, first: int, end: int) -> tuple[Node, BlockIds]:
+        """Goes on matching by name from block `first`, up to block `end`; locks what it finds."""
+        data = data[first * self.tree.block_bytes :]
+        ids, names = find_by_name(self.tree, self.index, node, data, end - first)
+        if len(ids):
+            self.pool.retain(ids)
+            self.ledger.graft(ids)
+            data = data[: len(ids) * self.tree.block_bytes]
+            node = self.tree.insert(node, data, ids, names).node
+            self.stats.grafted_blocks += len(ids)
+        return node, ids

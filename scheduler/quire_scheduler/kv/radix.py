@@ -1,0 +1,293 @@
+"""The prefix cache's index: a radix tree over whole blocks, one root per namespace.
+
+Knows which blocks hold which tokens and who locks them; not who else holds a block (blocks.py), how
+names are computed (names.py) or which policy is best (eviction.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from quire_scheduler.kv.blocks import BlockAccountingError, BlockIds
+from quire_scheduler.kv.eviction import PolicyKey
+from quire_scheduler.kv.names import NAME_BYTES
+
+NO_BLOCKS: BlockIds = np.zeros(0, np.int32)
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A run of blocks. A root has no parent, no blocks, and its root name in `names`."""
+
+    parent: Node | None
+    key: bytes  # tokens of the blocks, int32 little-endian [num_blocks * block_size]
+    ids: BlockIds  # [num_blocks]
+    names: bytes  # 16 bytes each of the first blocks; naming is deferred, so it may be shorter
+    created: float
+    last_access: float
+    hits: int = 0
+    ref: int = 0  # running requests that lock this node or one below
+    stamp: int = 0  # of the valid heap entry; 0 = not evictable
+    namespace: Hashable = None  # roots only
+    children: dict[bytes, Node] = field(default_factory=dict)  # by the first block's bytes
+
+
+class MatchResult(NamedTuple):
+    """A cursor: the first `num_in_node` blocks of `node`. Valid until the tree next changes."""
+
+    node: Node
+    num_in_node: int
+    block_ids: BlockIds  # [num_matched] from the root on
+
+
+class InsertResult(NamedTuple):
+    """What became of the inserted blocks: leading ones shared, then displacing, the rest new."""
+
+    node: Node  # the new cursor; the caller's lock moved there
+    shared: BlockIds  # [a] equal blocks that others lock: kept, the caller's own stay private
+    displaced: BlockIds  # [b] equal blocks nobody locked: out of the tree, the caller's are in
+
+
+class RadixTree:
+    """match() looks, lock() protects and gives the cursor, insert() goes on from it, unlock() ends.
+
+    A node is evictable when it is a leaf and nobody locks it. `unnamed` gathers nodes with blocks
+    whose name the worker has not been told; whoever tells it takes them out.
+    """
+
+    def __init__(
+        self,
+        block_bytes: int,
+        policy: Callable[[Node], PolicyKey],
+        clock: Callable[[], float],
+        root_name: Callable[[Hashable], bytes],
+    ) -> None:
+        self.block_bytes = block_bytes
+        # The mutable state, owned by this class; the manager reads it and shrinks `unnamed`.
+        self.roots: dict[Hashable, Node] = {}
+        self.unnamed: dict[Node, None] = {}
+        self.evictable: set[Node] = set()
+        self._heap: list[tuple[PolicyKey, int, Node]] = []  # lazy: stale where stamps differ
+        self._stamp = 0
+        self._policy, self._clock, self._root_name = policy, clock, root_name
+
+    def match(self, namespace: Hashable, data: bytes, max_blocks: int) -> MatchResult:
+        """The longest cached prefix of `data`, at most max_blocks whole blocks; changes nothing."""
+        node = self.roots.get(namespace)
+        if node is None:
+            now = self._clock()
+            root = Node(None, b"", NO_BLOCKS, b"", now, now, namespace=namespace)
+            return MatchResult(root, 0, NO_BLOCKS)
+        step = self.block_bytes
+        pos, end = 0, max_blocks * step
+        num_in_node = 0
+        parts: list[BlockIds] = []
+        while pos < end:
+            child = node.children.get(data[pos : pos + step])
+            if child is None:
+                break
+            node = child
+            if pos + len(child.key) <= end and data.startswith(child.key, pos):
+                pos += len(child.key)
+                num_in_node = len(child.ids)
+                parts.append(child.ids)
+                continue
+            num_in_node = self._common_blocks(child.key, data, pos, end)
+            parts.append(child.ids[:num_in_node])
+            break
+        return MatchResult(node, num_in_node, np.concatenate(parts) if parts else NO_BLOCKS)
+
+    def lock(self, match: MatchResult) -> Node:
+        """Protects the match and everything above it; returns the receipt, also the cursor."""
+        node = match.node
+        if match.num_in_node < len(node.ids):
+            node = self._split(node, match.num_in_node)
+        elif node.parent is None and node.namespace not in self.roots:
+            node.names = self._root_name(node.namespace)
+            self.roots[node.namespace] = node
+        elif node.parent is None:
+            node = self.roots[node.namespace]
+        now = self._clock()
+        step: Node | None = node
+        while step is not None:
+            self._hold(step, now)
+            step.hits += 1
+            step = step.parent
+        return node
+
+    def unlock(self, node: Node) -> None:
+        """Takes a receipt back. Blocks stay; what nobody locks any more may be evicted."""
+        now = self._clock()
+        step: Node | None = node
+        while step is not None:
+            if step.ref < 1:
+                raise BlockAccountingError("a receipt was given back twice")
+            step.ref -= 1
+            step.last_access = now
+            step = step.parent
+        self._settle(node)
+
+    def insert(self, node: Node, data: bytes, ids: BlockIds, names: bytes = b"") -> InsertResult:
+        """Adds blocks `ids` [n] holding `data` after `node`, which the caller has locked.
+
+        The caller's lock moves to the returned cursor. Equal blocks already there are never added
+        twice: see InsertResult. `names` are those of all n blocks if they are known already.
+        """
+        step, n = self.block_bytes, len(ids)
+        done, now = 0, self._clock()
+        shared: list[BlockIds] = []
+        displaced: list[BlockIds] = []
+        while done < n:
+            child = node.children.get(data[done * step : (done + 1) * step])
+            if child is None:
+                break
+            common = self._common_blocks(child.key, data, done * step, n * step)
+            if common < len(child.ids):
+                child = self._split(child, common)
+            if child.ref:
+                shared.append(child.ids)
+            else:
+                displaced.append(child.ids)
+                child.ids = ids[done : done + common].copy()
+                self.unnamed[child] = None
+            self._hold(child, now)
+            node = child
+            done += common
+        if done < n:
+            key, new_ids, new_names = data[done * step :], ids[done:], names[done * NAME_BYTES :]
+            if node.parent is not None and node.ref == 1 and not node.children:
+                node.key += key  # alone on a leaf: a decoding request grows one node
+                node.ids = np.concatenate((node.ids, new_ids))
+                node.names += new_names
+            else:
+                leaf = Node(node, key, new_ids.copy(), new_names, now, now, ref=1)
+                node.children[key[:step]] = leaf
+                node = leaf
+            if not new_names:
+                self.unnamed[node] = None
+        return InsertResult(node, _joined(shared), _joined(displaced))
+
+    def evict(self, max_blocks: int) -> BlockIds:
+        """Drops up to max_blocks blocks from the tail of the policy's next leaf; empty if none."""
+        while self._heap:
+            _, stamp, node = self._heap[0]
+            if stamp != node.stamp:
+                heapq.heappop(self._heap)
+                continue
+            if max_blocks < len(node.ids):
+                return self.cut(node, len(node.ids) - max_blocks)
+            heapq.heappop(self._heap)
+            return self.cut(node, 0)
+        return NO_BLOCKS
+
+    def cut(self, node: Node, num_left: int) -> BlockIds:
+        """Keeps the first num_left blocks of an unlocked leaf; returns the others."""
+        if node.ref or node.children or node.parent is None:
+            raise BlockAccountingError("only an unlocked leaf can be cut")
+        gone = node.ids[num_left:]
+        if num_left:
+            node.key = node.key[: num_left * self.block_bytes]
+            node.ids = node.ids[:num_left].copy()
+            node.names = node.names[: num_left * NAME_BYTES]
+            return gone
+        parent = node.parent
+        del parent.children[node.key[: self.block_bytes]]
+        node.parent = None
+        node.stamp = 0
+        self.evictable.discard(node)
+        self.unnamed.pop(node, None)
+        self._settle(parent)
+        return gone
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots, parents before children."""
+        stack = list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            if node.parent is not None:
+                yield node
+            stack.extend(node.children.values())
+
+    def check(self) -> None:
+        """Raises BlockAccountingError where the tree's own invariants fail."""
+        for namespace, root in self.roots.items():
+            if root.namespace != namespace or not (root.children or root.ref):
+                raise BlockAccountingError(f"root {namespace!r} is misplaced or abandoned")
+        evictable: set[Node] = set()
+        for node in self.nodes():
+            parent = node.parent
+            if len(node.key) != len(node.ids) * self.block_bytes or not len(node.ids):
+                raise BlockAccountingError("an edge and its blocks differ in length")
+            if parent is None or parent.children.get(node.key[: self.block_bytes]) is not node:
+                raise BlockAccountingError("a node is not its parent's child")
+            if node.ref < sum(child.ref for child in node.children.values()):
+                raise BlockAccountingError("a node has fewer locks than its children")
+            if not node.ref and not node.children:
+                evictable.add(node)
+        if evictable != self.evictable:
+            raise BlockAccountingError("the evictable leaves differ from the recomputed ones")
+        valid = {node for _, stamp, node in self._heap if stamp == node.stamp}
+        if valid != evictable:
+            raise BlockAccountingError("the eviction heap misses an evictable leaf")
+
+    def _common_blocks(self, key: bytes, data: bytes, pos: int, end: int) -> int:
+        """Whole blocks that `key` and data[pos:end] begin with alike."""
+        size = min(len(key), end - pos)
+        if data.startswith(key[:size], pos):
+            return size // self.block_bytes
+        ours = np.frombuffer(key, np.int32, size // 4)
+        theirs = np.frombuffer(data, np.int32, size // 4, pos)
+        return int((ours != theirs).argmax()) * 4 // self.block_bytes
+
+    def _split(self, node: Node, k: int) -> Node:
+        """Moves the first k blocks into a new parent of `node`; cursors at its end stay valid."""
+        parent, cut = node.parent, k * self.block_bytes
+        assert parent is not None
+        upper = Node(
+            parent,
+            node.key[:cut],
+            node.ids[:k].copy(),
+            node.names[: k * NAME_BYTES],
+            node.created,
+            node.last_access,
+            node.hits,
+            node.ref,
+        )
+        parent.children[upper.key[: self.block_bytes]] = upper
+        node.parent, node.key, node.ids = upper, node.key[cut:], node.ids[k:].copy()
+        node.names = node.names[k * NAME_BYTES :]
+        upper.children[node.key[: self.block_bytes]] = node
+        if node in self.unnamed:
+            self.unnamed[upper] = None
+        return upper
+
+    def _hold(self, node: Node, now: float) -> None:
+        if node.stamp:
+            node.stamp = 0
+            self.evictable.discard(node)
+        node.ref += 1
+        node.last_access = now
+
+    def _settle(self, node: Node) -> None:
+        """A lock or child went: an idle leaf becomes evictable, an idle root is forgotten."""
+        if node.ref or node.children or node.stamp:
+            return
+        if node.parent is None:
+            self.roots.pop(node.namespace, None)
+            return
+        if len(self._heap) > 64 + 4 * len(self.evictable):
+            self._heap = [entry for entry in self._heap if entry[1] == entry[2].stamp]
+            heapq.heapify(self._heap)
+        self._stamp += 1
+        node.stamp = self._stamp
+        self.evictable.add(node)
+        heapq.heappush(self._heap, (self._policy(node), node.stamp, node))
+
+
+def _joined(parts: list[BlockIds]) -> BlockIds:
+    return np.concatenate(parts) if parts else NO_BLOCKS
