@@ -264,7 +264,7 @@ def variable(name: str) -> str:
 
 def _bounded(f: dataclasses.Field[Any], value: Any) -> None:
     meta = f.metadata
-    expected = {
+    expected: Any = {
         "int": int, "count": int, "size": int, "float": (int, float), "bool": bool, "str": str,
         "list": tuple,
     }[meta["kind"]]  # fmt: skip

@@ -33,7 +33,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     HF_HUB_OFFLINE are honoured). Raises ModelError that says what was tried.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():  # '' would be the current folder
         return _checked(path.resolve())
     if model in EMBEDDED:
         return embedded_dir(model)

@@ -108,6 +108,10 @@ class LLM:
         """The quire_gateway.text.tokenizer.Tokenizer in use."""
         return self._text.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What applies where nothing is given: the model's own defaults."""
+        return self._text.default_params
+
     def get_stats(self) -> EngineStats:
         """Counts of scheduler and KV memory now."""
         return self._text.stats()
@@ -215,6 +219,10 @@ class LLMEngine:
 
         run.start(notify)
         return run, events
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What applies where nothing is given: the model's own defaults."""
+        return self._text.default_params
 
     def get_stats(self) -> EngineStats:
         """Counts of scheduler and KV memory now."""

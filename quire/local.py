@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,12 @@ class LocalEngine:
 
         self._worker_thread = threading.Thread(target=serve, name="worker", daemon=True)
         self._worker_thread.start()
-        ready = self.engine.wait_ready(start_timeout_s)
-        if not ready:
-            self.close()
-            raise self._failure or QuireError("internal_error", "the worker did not say hello.")
+        deadline = time.monotonic() + start_timeout_s
+        while not self.engine.stats().ready:
+            if self._failure or not self.engine.alive or time.monotonic() > deadline:
+                self.close()
+                raise self._failure or QuireError("internal_error", "the worker said no hello.")
+            time.sleep(0.002)
 
     def submit(
         self,

@@ -16,7 +16,9 @@ FIELDS = ("request_id", "duration_ms", "tokens")  # always present in a JSON req
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-def setup(service: str, level: str = "info", format: str = "text", stream: TextIO | None = None):
+def setup(
+    service: str, level: str = "info", format: str = "text", stream: TextIO | None = None
+) -> None:
     """Send the root logger's lines to stderr. format: 'text' or 'json'."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(service) if format == "json" else TextFormatter(service))

@@ -5,11 +5,13 @@ Knows the Python API (no --url) and one HTTP route (--url); keeps the conversati
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -34,14 +36,14 @@ class Backend(Protocol):
 
 def run(line: Line, resolved: Resolved) -> int:
     """Talk until /quit or the end of stdin; the exit status."""
-    params = sampling(line)
+    given = sampling(line)
     url = line.option("url")
     backend: Backend
     if url:
-        backend = Server(url, resolved, params)
+        backend = Server(url, resolved, given)
     else:
         print(f"Loading {resolved.config.model_names[0]} ...", file=sys.stderr, flush=True)
-        backend = Local(resolved, params)
+        backend = Local(resolved, given)
     start = [{"role": "system", "content": line.option("system")}] if line.option("system") else []
     try:
         converse(backend, start, sys.stdin.isatty())
@@ -95,21 +97,53 @@ def _turn(backend: Backend, messages: list[Message], kept: int) -> list[Message]
         return [*messages, {"role": "assistant", "content": "".join(parts)}]
 
 
+class Local:
+    """An engine in this process."""
+
+    def __init__(self, resolved: Resolved, given: dict[str, Any]) -> None:
+        from quire.llm import LLMEngine
+
+        self._engine = LLMEngine(resolved.config)
+        self._params = replace(self._engine.get_default_sampling_params(), **given)
+        self._runner = asyncio.Runner()
+
+    def answer(self, messages: list[Message]) -> Iterator[str]:
+        stream = self._engine.chat_stream(messages, self._params)
+        said = 0
+
+        async def more() -> str | None:
+            nonlocal said
+            async for output in stream:
+                text = output.outputs[0].text
+                fresh, said = text[said:], len(text)
+                return fresh
+            return None
+
+        async def close() -> None:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+        try:
+            while (piece := self._runner.run(more())) is not None:
+                yield piece
+        finally:
+            self._runner.run(close())
+
+    def close(self) -> None:
+        self._runner.close()
+        self._engine.shutdown()
+
+
 class Server:
     """A running server, by its OpenAI route."""
 
-    def __init__(self, url: str, resolved: Resolved, params: Any) -> None:
+    def __init__(self, url: str, resolved: Resolved, given: dict[str, Any]) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--url {url!r}: expected something like http://127.0.0.1:8000.")
         self._parts = parts
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._key = next(iter(resolved.config.api_key), "")
-        self._fields: dict[str, Any] = {
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "seed": params.seed,
-        }
+        self._fields = given
         named = not resolved.is_default("model") or not resolved.is_default("served_model_name")
         self._model = resolved.config.model_names[0] if named else self._first_model()
 
@@ -126,6 +160,7 @@ class Server:
                 for choice in event.get("choices", ()):
                     yield choice.get("delta", {}).get("content") or ""
         finally:
+            response.close()  # its own, where the server closes after each answer
             connection.close()
 
     def close(self) -> None:
@@ -140,10 +175,13 @@ class Server:
     def _send(
         self, method: str, path: str, body: object
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        kind = http.client.HTTPConnection
+        host, port = self._parts.hostname or "", self._parts.port
         if self._parts.scheme == "https":
-            kind = http.client.HTTPSConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=300)
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, port, timeout=300
+            )
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=300)
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quire import hub
 from quire.errors import ModelError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
@@ -28,11 +29,15 @@ class Checkpoint:
     """A folder that looks whole. num_bytes: of the weights as they are stored."""
 
     folder: Path
-    architecture: str
+    architectures: tuple[str, ...]
     dtype: str  # what most of the weights are stored in
     num_parameters: int
     num_bytes: int
     max_model_len: int  # 0 = config.json does not say
+
+    @property
+    def architecture(self) -> str:
+        return self.architectures[0]
 
     def loaded_bytes(self, dtype: str) -> int:
         """Bytes of the weights when loaded as `dtype`; 'auto' = as stored."""
@@ -48,7 +53,7 @@ def inspect(folder: Path, tokenizer: str = "") -> Checkpoint:
             f"{folder / 'config.json'} names no architecture; it needs a key "
             '"architectures" such as ["LlamaForCausalLM"].'
         )
-    where = Path(tokenizer) if tokenizer else folder
+    where = hub.resolve_tokenizer(tokenizer, folder)
     if not (where / "tokenizer.json").is_file():
         raise ModelError(
             f"{where} holds no tokenizer.json; save the model's fast tokenizer there, "
@@ -63,7 +68,7 @@ def inspect(folder: Path, tokenizer: str = "") -> Checkpoint:
     length = config.get("max_position_embeddings")
     return Checkpoint(
         folder=folder,
-        architecture=str(architectures[0]),
+        architectures=tuple(map(str, architectures)),
         dtype=DTYPES.get(most, most.lower()),
         num_parameters=sum(counts.values()),
         num_bytes=sum(count * BYTES[dtype] for dtype, count in counts.items()),

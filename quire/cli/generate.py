@@ -6,25 +6,24 @@ Knows the Python API only.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 from quire.cli.options import Line
-from quire.config import Resolved
+from quire.config import Resolved, settings
 from quire.errors import ConfigError
 
 
 def run(line: Line, resolved: Resolved) -> int:
     """Print what the model makes of --prompt; the exit status."""
     text = prompt(line)
-    params = sampling(line)
-    from quire import LLM  # after the checks: it loads the engine
+    given = sampling(line)
+    from quire.llm import LLM  # after the checks: making one loads the model
 
-    config = resolved.config
-    with_model = LLM(config=config)
-    try:
-        outputs = with_model.generate([text], params)
-        print(outputs[0].outputs[0].text)
-    finally:
-        with_model.close()
+    values = {f.name: getattr(resolved.config, f.name) for f in settings()}
+    with LLM(**values) as llm:
+        params = replace(llm.get_default_sampling_params(), **given)
+        print(llm.generate([text], params)[0].outputs[0].text)
     return 0
 
 
@@ -38,17 +37,19 @@ def prompt(line: Line) -> str:
     return text
 
 
-def sampling(line: Line):  # type: ignore[no-untyped-def]
-    """SamplingParams of --max-tokens, --temperature and so on."""
-    from quire.sampling import MAX_TOKENS, SEED_MASK, SamplingParams
+def sampling(line: Line) -> dict[str, Any]:
+    """The SamplingParams fields that were given, checked."""
+    from quire.sampling import MAX_TOKENS, SEED_MASK
 
-    seed = line.option("seed")
-    known = {o.key for o in line.command.options}
-    return SamplingParams(
-        max_tokens=line.integer("max_tokens", 1, MAX_TOKENS),
-        temperature=line.number("temperature", 0, 2),
-        top_p=line.number("top_p", 0, 1) if "top_p" in known else 1.0,
-        top_k=line.integer("top_k", -1, 1 << 24) if "top_k" in known else 0,
-        seed=line.integer("seed", 0, SEED_MASK) if seed else None,
-        stop=(line.option("stop"),) if "stop" in known and line.option("stop") else (),
-    )
+    found: dict[str, Any] = {"max_tokens": line.integer("max_tokens", 1, MAX_TOKENS)}
+    if "temperature" in line.options:
+        found["temperature"] = line.number("temperature", 0, 2)
+    if "top_p" in line.options:
+        found["top_p"] = line.number("top_p", 0, 1)
+    if "top_k" in line.options:
+        found["top_k"] = line.integer("top_k", -1, 1 << 24)
+    if "seed" in line.options:
+        found["seed"] = line.integer("seed", 0, SEED_MASK)
+    if line.options.get("stop"):
+        found["stop"] = (line.options["stop"],)
+    return found

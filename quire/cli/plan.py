@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,8 @@ def make(resolved: Resolved) -> Plan:
     """
     config = _gateway_address(resolved.config)
     device = _device(config)
-    for name in ("tokenizer", "chat_template"):
-        path = getattr(config, name)
-        if path and not Path(path).expanduser().exists():
-            raise ConfigError(f"{flag(name)} {path}: no such file or folder.")
+    if config.chat_template and not Path(config.chat_template).expanduser().is_file():
+        raise ConfigError(f"--chat-template {config.chat_template}: no such file.")
     if config.journal and not Path(config.journal).expanduser().absolute().parent.is_dir():
         raise ConfigError(f"--journal {config.journal}: its folder does not exist.")
     config, notes = _inner_addresses(config, resolved)
@@ -170,13 +169,15 @@ def _host_port(name: str, address: str) -> tuple[str, int]:
 def _known(found: Checkpoint) -> None:
     """Raise ModelError for an architecture that no worker here has code for."""
     try:
-        known = import_module("quire_worker.models.registry").ARCHITECTURES
+        registry = import_module("quire_worker.models.registry")
     except ImportError:  # an installation without the worker: the worker itself will say
         return
-    if found.architecture not in known:
+    plugins = {point.name for point in entry_points(group=registry.ENTRY_POINT_GROUP)}
+    known = {*registry.ARCHITECTURES, *plugins}
+    if not known & set(found.architectures):
         raise ModelError(
-            f"{found.folder / 'config.json'}: architecture {found.architecture!r} is not known; "
-            f"known are {', '.join(sorted(known))}."
+            f"{found.folder / 'config.json'}: unknown architecture "
+            f"{', '.join(found.architectures)[:200]}; supported: {', '.join(sorted(known))}."
         )
 
 

@@ -6,6 +6,7 @@ Knows the order of things; checks are in plan, processes in supervisor.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -38,10 +39,10 @@ def run(line: Line, resolved: Resolved) -> int:
 
     def on_ready() -> None:
         key = " -H 'Authorization: Bearer <key>'" if config.api_key else ""
+        body = {"model": name, "messages": [{"role": "user", "content": "Tell me a story."}]}
         say(
             f"Try: curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-            f'-d \'{{"messages": [{{"role": "user", "content": "Tell me a story."}}], '
-            f'"model": "{name}"}}\''
+            f"-d '{json.dumps(body)}'"
         )
         took = machine.process_age()
         say(f"Ready in {took:.1f} s: {address}  (model {name}, {what.where})", url=address)

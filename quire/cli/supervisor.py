@@ -99,7 +99,8 @@ class Supervisor:
         self._failed = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            loop.add_signal_handler(signal.SIGHUP, self._on_signal)
         watchers = [
             asyncio.create_task(self._keep(s), name=f"watch {s.name}") for s in self._services
         ]
@@ -200,7 +201,8 @@ class Supervisor:
         try:
             await asyncio.wait_for(service.process.wait(), timeout_s)
         except TimeoutError:
-            self._say(f"{service.name} did not end in {timeout_s:.0f} s; killed.")
+            if self._is_ready:
+                self._say(f"{service.name} did not end in {timeout_s:.0f} s; killed.")
             self._signal(service, signal.SIGKILL)
             await service.process.wait()
 
@@ -238,22 +240,20 @@ async def until_ready(host: str, port: int, say: Callable[..., None]) -> None:
             now = _progress(body)
             if now and now != told and time.monotonic() - begin > 1.0:
                 told = now
-                say(f"  {now} ({time.monotonic() - begin:.0f} s)")
+                say(f"Waiting: {now} ({time.monotonic() - begin:.0f} s)")
         await asyncio.sleep(POLL_S)
 
 
 def _progress(body: bytes) -> str:
-    """The reason in a /health body, in words."""
+    """The reason in a /health body, in words; '' when there is none."""
     try:
         found = json.loads(body)
     except ValueError:
         return ""
     if not isinstance(found, dict):
         return ""
-    for key in ("detail", "problem", "message", "status"):
-        if isinstance(found.get(key), str) and found[key]:
-            return str(found[key])[:120]
-    return ""
+    problem = found.get("problem")
+    return problem[:120] if isinstance(problem, str) else ""
 
 
 async def get(host: str, port: int, path: str) -> tuple[int, bytes]:
