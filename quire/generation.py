@@ -58,9 +58,8 @@ class TextEngine:
         defaults = GenerationDefaults.from_folder(folder, config.generation_config)
         self.local = LocalEngine(config)
         self.default_params = SamplingParams(**defaults.sampling)
-        model = self.local.engine.model()
-        self.vocab_size: int = model.vocab_size
-        self.max_model_len: int = model.max_model_len
+        self.vocab_size = self.local.model.vocab_size
+        self.max_model_len = self.local.model.max_model_len
 
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text or None, token ids) of a prompt. Raises InvalidRequest."""
@@ -71,10 +70,10 @@ class TextEngine:
                 raise InvalidRequest(
                     "a prompt dict needs 'prompt' or 'prompt_token_ids'.", "prompt"
                 )
-            prompt = prompt["prompt"]
+            prompt = str(prompt["prompt"])
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        return None, list(prompt)
+        return None, [int(token) for token in prompt]
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> Prompt:
         """The prompt of a conversation. Raises InvalidRequest when the model has no template."""

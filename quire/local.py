@@ -79,6 +79,9 @@ class LocalEngine:
                 self.close()
                 raise self._failure or QuireError("internal_error", "the worker said no hello.")
             time.sleep(0.002)
+        model = self.engine.model()
+        assert model is not None  # it is ready
+        self.model = model
 
     def submit(
         self,

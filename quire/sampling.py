@@ -6,7 +6,6 @@ the same words everywhere. Knows no tokenizer and no model beyond its vocabulary
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -115,7 +114,7 @@ class SamplingParams:
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids,
-            seed=self.seed,
+            seed=None if self.seed is None else self.seed & SEED_MASK,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             logit_bias=[pb.LogitBias(token_id=t, bias=b) for t, b in self.logit_bias],
@@ -162,7 +161,8 @@ def derive_seed(seed: int, index: int) -> int:
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequest(f"{name} must be a number, not {_kind(value)}.", name)
-    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+    # compared before isfinite: an int may be too large for a float; NaN compares false
+    if not low <= value <= high or (above and value == low):
         bounds = f"above {low:g} and at most {high:g}" if above else f"between {low:g} and {high:g}"
         raise InvalidRequest(f"{name} must be {bounds}, not {_short(value)}.", name)
 

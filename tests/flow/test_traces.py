@@ -26,11 +26,7 @@ class Sink(pb_grpc.TraceServiceServicer):
         self, request: pb.ExportTraceServiceRequest, context: grpc.ServicerContext
     ) -> pb.ExportTraceServiceResponse:
         for resource in request.resource_spans:
-            service = next(
-                a.value.string_value
-                for a in resource.resource.attributes
-                if a.key == "service.name"
-            )
+            attributes = {a.key: a.value.string_value for a in resource.resource.attributes}
             for scope in resource.scope_spans:
                 for span in scope.spans:
                     ids = (span.trace_id, span.span_id, span.parent_span_id)
