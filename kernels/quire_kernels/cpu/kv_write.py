@@ -1,7 +1,8 @@
 """RoPE, per-head norms and the write of K and V into the paged cache, on a CPU.
 
-Knows no layers or models. Contract: `quire_kernels.kv_write`. Only exact elementwise operations (multiply, add), so rows
-do not depend on the batch; V is stripped of NaN and inf, because a masked key's weight of 0 would not silence them.
+Knows no layers or models. Contract: `quire_kernels.kv_write`. Only exact elementwise operations
+(multiply, add), so rows do not depend on the batch; V is stripped of NaN and inf, because a masked
+key's weight of 0 would not silence them.
 """
 
 from __future__ import annotations
@@ -27,27 +28,16 @@ def rope_kv_write(
     eps: float = 1e-6,
     plan: StepPlan | None = None,
 ) -> None:
-    """Rotate `q` in place; write rotated k and plain v into the cache. Shapes: `quire_kernels.kv_write.rope_kv_write`.
+    """Rotate `q` in place; write rotated k and plain v into the cache. Shapes:
+    `quire_kernels.kv_write.rope_kv_write`.
 
-    `plan` carries angles and cache rows from layer to layer of one step; None works them out for this call alone.
+    `plan` carries angles and cache rows from layer to layer of one step; None works them out for
+    this call alone.
     """
-    num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    block_size = k_cache.shape[2]
-    regular = all(
-        c.stride(3) == 1 and c.stride(2) == head_dim and c.stride(0) % head_dim == c.stride(1) % head_dim == 0
-        for c in (k_cache, v_cache)
-    ) and (k_cache.stride() == v_cache.stride())
+    num_heads, head_dim, block_size = q.shape[1], q.shape[2], k_cache.shape[2]
     work = plan.write if plan is not None else None
     if work is None:
-        work = plan_write(
-            positions,
-            cos_sin_cache,
-            slot_mapping,
-            block_size=block_size,
-            num_kv_heads=num_kv_heads,
-            rows_per_block=k_cache.stride(0) // head_dim,
-            rows_per_head=k_cache.stride(1) // head_dim,
-        )
+        work = plan_write(positions, cos_sin_cache, slot_mapping, k_cache, v_cache)
         if plan is not None:
             plan.write = work
 
@@ -61,9 +51,13 @@ def rope_kv_write(
     keys, values = turned[:, num_heads:], torch.nan_to_num(v)
     if work.kept is not None:
         keys, values = keys.index_select(0, work.kept), values.index_select(0, work.kept)
-    if regular:
-        cache_rows(k_cache, head_dim).index_copy_(0, work.rows, keys.reshape(-1, head_dim).to(k_cache.dtype))
-        cache_rows(v_cache, head_dim).index_copy_(0, work.rows, values.reshape(-1, head_dim).to(v_cache.dtype))
+    if work.regular:
+        cache_rows(k_cache, head_dim).index_copy_(
+            0, work.rows, keys.reshape(-1, head_dim).to(k_cache.dtype)
+        )
+        cache_rows(v_cache, head_dim).index_copy_(
+            0, work.rows, values.reshape(-1, head_dim).to(v_cache.dtype)
+        )
     else:
         where = slot_mapping[slot_mapping >= 0]
         block, offset = where // block_size, where % block_size
@@ -72,7 +66,9 @@ def rope_kv_write(
 
 
 def _side_by_side(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """q [n, H, D] and k [n, G, D] as one [n, H + G, D]: a view when k follows q in a fused QKV row, else a copy."""
+    """q [n, H, D] and k [n, G, D] as one [n, H + G, D]: a view when k follows q in a fused QKV row,
+    else a copy.
+    """
     n, num_heads, head_dim = q.shape
     fused = (
         q.stride() == k.stride()
@@ -86,11 +82,15 @@ def _side_by_side(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, work: WritePlan) -> torch.Tensor:
-    """x [n, heads, head_dim] -> a new tensor of x's dtype; products in f32, one rounding at the end."""
+    """x [n, heads, head_dim] -> a new tensor of x's dtype; products in f32, one rounding at the
+    end.
+    """
     rotary_dim = work.cos.shape[-1]
     part = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
     wide = part if x.dtype == torch.float32 else part.float()
     half = rotary_dim // 2
-    turned = torch.cat((wide[..., half:], wide[..., :half]), dim=-1).mul_(work.sin).add_(wide * work.cos)
+    turned = (
+        torch.cat((wide[..., half:], wide[..., :half]), dim=-1).mul_(work.sin).add_(wide * work.cos)
+    )
     turned = turned.to(x.dtype)
     return turned if part is x else torch.cat((turned, x[..., rotary_dim:]), dim=-1)

@@ -1,7 +1,7 @@
 """RMSNorm, alone and fused with the residual addition, on a CPU.
 
-Knows one row at a time. Contract and rounding: `quire_kernels.norm`. Rows are reduced over their last, contiguous
-dimension, which torch does in one order for rows of fewer than 32,768 elements.
+Knows one row at a time. Contract and rounding: `quire_kernels.norm`. Rows are reduced over their
+last, contiguous dimension, which torch does in one order for rows of fewer than 32,768 elements.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, residual [..., hidden] -> (rms_norm(x + residual), x + residual); the sum is rounded to x's dtype first."""
+    """x, residual [..., hidden] -> (rms_norm(x + residual), x + residual); the sum is rounded to
+    x's dtype first.
+    """
     total = x + residual
     return rms_norm(total, weight, eps), total

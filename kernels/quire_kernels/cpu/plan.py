@@ -1,11 +1,14 @@
-"""The index tensors of one step: what every layer's attention and cache write would otherwise work out again.
+"""The index tensors of one step: what every layer's attention and cache write would otherwise work
+out again.
 
-Knows the step's columns and the cache's layout; nothing of layers or values. A plan is valid for the tensors it was
-made from and for every layer of one pool (layers differ only by a storage offset, which indices here leave out).
+Knows the step's columns and the cache's layout; nothing of layers or values. A plan is valid for
+the tensors it was made from and for every layer of one pool (layers differ only by a storage
+offset, which indices here leave out).
 
-Attention work is cut into pairs (query tile, KV tile). A query tile is a run of consecutive query tokens of one request,
-of one of two fixed sizes: one token (decode rows, tails) or `large_tokens` (prefill). A KV tile is `tile_tokens` keys at
-an absolute position. Both sizes give equal bits (`invariance.py` proves it), so how a request is cut is free.
+Attention work is cut into pairs (query tile, KV tile). A query tile is a run of consecutive query
+tokens of one request, of one of two fixed sizes: one token (decode rows, tails) or `large_tokens`
+(prefill). A KV tile is `tile_tokens` keys at an absolute position. Both sizes give equal bits
+(`invariance.py` proves it), so how a request is cut is free.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-_KV_TILE = 64  # keys per tile, rounded to whole blocks: small enough for short contexts, large enough for the GEMM
+# Keys per tile, rounded to whole blocks: small for short contexts, large enough for the GEMM.
+_KV_TILE = 64
 _GROUP_BYTES = 48 << 20  # scores + queries + partial outputs alive at once
 
 
@@ -31,8 +35,9 @@ class Tiling:
 class TileGroup:
     """Query tiles of one size whose pairs fit in memory together. T = keys per tile, G = KV heads.
 
-    Tiles are sorted by their number of KV tiles, falling; pairs by step (a tile's first, second, ... KV tile), then by
-    tile. So the tiles still busy at step s are the first `counts[s]`, and step s is one slice of the pairs.
+    Tiles are sorted by their number of KV tiles, falling; pairs by step (a tile's first, second,
+    ... KV tile), then by tile. So the tiles still busy at step s are the first `counts[s]`, and
+    step s is one slice of the pairs.
     """
 
     num_tiles: int
@@ -40,10 +45,14 @@ class TileGroup:
     counts: list[int]  # [num_steps]
     q_index: torch.Tensor  # int64 [num_pairs * G * rows], row token * H + head of the queries
     blocks: torch.Tensor  # int64 [num_pairs, G, blocks_per_tile], block ids (repeated over G)
-    edge: torch.Tensor | None  # int64 [num_edge] pairs with a hidden key; None = treat all pairs as such
+    edge: (
+        torch.Tensor | None
+    )  # int64 [num_edge] pairs with a hidden key; None = treat all pairs as such
     hidden: torch.Tensor  # bool [num_edge, 1, rows, T], True where the key may not be seen
     tile_of_pair: torch.Tensor  # int64 [num_pairs]
-    pair_grid: torch.Tensor  # int64 [num_steps * num_tiles], pair of (step, tile); a tile's first where it has none
+    pair_grid: (
+        torch.Tensor
+    )  # int64 [num_steps * num_tiles], pair of (step, tile); a tile's first where it has none
 
 
 @dataclass(slots=True)
@@ -53,14 +62,17 @@ class AttentionPlan:
     num_tokens: int
     blank: bool  # some tokens belong to a request of length 0 and stay zero
     tile_tokens: int
-    row_index: dict[tuple[int, int], list[torch.Tensor]]  # (rows per block, rows per head) -> one index per group
+    row_index: dict[
+        tuple[int, int], list[torch.Tensor]
+    ]  # (rows per block, rows per head) -> one index per group
 
 
 @dataclass(slots=True)
 class WritePlan:
     cos: torch.Tensor  # f32 [num_tokens, 1, rotary_dim], the half-angle cosines twice
     sin: torch.Tensor  # f32 [num_tokens, 1, rotary_dim], minus the sines, then the sines
-    rows: torch.Tensor  # int64 [num_kept * G], row (of head_dim elements) in a layer's cache, from its storage offset
+    regular: bool  # the cache is rows of head_dim elements, so that `rows` can be used
+    rows: torch.Tensor  # int64 [num_kept * G], row of head_dim elements from the layer's offset on
     kept: torch.Tensor | None  # int64 [num_kept] tokens to write; None = all
 
 
@@ -104,7 +116,11 @@ def plan_attention(
         count = np.minimum(size, query_lens[owner] - first)
         first_pos = lens[owner] - query_lens[owner] + first
         last_pos = first_pos + count - 1
-        lowest = np.maximum(first_pos - sliding_window + 1, 0) if sliding_window else np.zeros_like(first)
+        lowest = (
+            np.maximum(first_pos - sliding_window + 1, 0)
+            if sliding_window
+            else np.zeros_like(first)
+        )
         kv_first = lowest // tile_tokens
         steps = last_pos // tile_tokens - kv_first + 1
         rows = -(-size * group // tiling.row_multiple) * tiling.row_multiple
@@ -125,7 +141,9 @@ def plan_attention(
             offset = np.minimum(row_token, count[chosen][:, None] - 1)  # [tiles, rows]
             token = (loc[owner] + first)[chosen][:, None] + offset
             position = first_pos[chosen][:, None] + offset
-            q_index = (token * num_heads)[:, None, :] + (heads * group)[:, None] + row_head  # [tiles, G, rows]
+            q_index = (
+                (token * num_heads)[:, None, :] + (heads * group)[:, None] + row_head
+            )  # [tiles, G, rows]
             out_index.reshape(-1)[q_index] = base + np.arange(q_index.size).reshape(q_index.shape)
             base += q_index.size
 
@@ -134,9 +152,12 @@ def plan_attention(
             if sliding_window:
                 hidden |= key[:, None, :] <= position[tile][:, :, None] - sliding_window
             edge = np.flatnonzero(hidden.any(axis=(1, 2)))
-            few = edge.size * 2 < tile.size  # below that, masking a copy is cheaper than masking everything
+            few = (
+                edge.size * 2 < tile.size
+            )  # below that, masking a copy is cheaper than masking everything
 
-            # Entries past the sequence may be anything; its own last block stands in, and is masked.
+            # Entries past the sequence may be anything; its own last block stands in, and is
+            # masked.
             column = kv_tile[:, None] * blocks_per_tile + np.arange(blocks_per_tile)
             column = np.minimum(column, (last_pos[chosen] // block_size)[tile][:, None])
             ids = table[slot_ids[owner[chosen]][tile][:, None], column].astype(np.int64)
@@ -171,13 +192,17 @@ def plan_write(
     positions: torch.Tensor,
     cos_sin_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    block_size: int,
-    num_kv_heads: int,
-    rows_per_block: int,
-    rows_per_head: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
 ) -> WritePlan:
-    """`rows_per_block`, `rows_per_head`: strides of the cache's first two dimensions in units of head_dim elements."""
+    """Shapes as in `quire_kernels.kv_write.rope_kv_write`."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    per_block, per_head, per_token, step = k_cache.stride()
+    regular = (
+        k_cache.stride() == v_cache.stride()
+        and (per_token, step) == (head_dim, 1)
+        and per_block % head_dim == per_head % head_dim == 0
+    )
     cos_sin = cos_sin_cache.index_select(0, positions.long())
     cos, sin = cos_sin.chunk(2, dim=-1)
     kept = None
@@ -185,11 +210,13 @@ def plan_write(
         kept = torch.nonzero(slot_mapping >= 0).flatten()
         slot_mapping = slot_mapping.index_select(0, kept)
     where = slot_mapping.long()
-    first = torch.div(where, block_size, rounding_mode="floor") * rows_per_block + where % block_size
-    rows = first[:, None] + torch.arange(num_kv_heads) * rows_per_head
+    block = torch.div(where, block_size, rounding_mode="floor")
+    first = block * (per_block // head_dim) + where % block_size
+    rows = first[:, None] + torch.arange(num_kv_heads) * (per_head // head_dim)
     return WritePlan(
         cos=torch.cat((cos, cos), dim=-1).unsqueeze(1),
         sin=torch.cat((-sin, sin), dim=-1).unsqueeze(1),
+        regular=regular,
         rows=rows.reshape(-1),
         kept=kept,
     )
@@ -206,13 +233,20 @@ def large_query_tokens(group: int, tiling: Tiling) -> int:
 
 
 def cache_rows(cache: torch.Tensor, width: int) -> torch.Tensor:
-    """A layer's view of the pool [num_blocks, G, block_size, D] -> the memory from its offset on, as [rows, width]."""
-    span = sum((n - 1) * s for n, s in zip(cache.shape, cache.stride(), strict=True)) + 1
+    """A layer's view of the pool [num_blocks, G, block_size, D] -> the memory from its offset on,
+    as [rows, width].
+    """
+    (a, b, c, d), (w, x, y, z) = cache.shape, cache.stride()
+    span = (a - 1) * w + (b - 1) * x + (c - 1) * y + (d - 1) * z + 1
     return cache.as_strided((span // width, width), (width, 1), cache.storage_offset())
 
 
-def _query_tiles(query_lens: np.ndarray, group: int, tiling: Tiling) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """[(tokens per tile, owner [tiles], first token within the owner [tiles])] covering every query token once."""
+def _query_tiles(
+    query_lens: np.ndarray, group: int, tiling: Tiling
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """[(tokens per tile, owner [tiles], first token within the owner [tiles])] covering every query
+    token once.
+    """
     large = large_query_tokens(group, tiling)
     if large:
         # A tail of a few tokens is cheaper one by one: a large item computes all its rows.

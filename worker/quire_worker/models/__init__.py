@@ -1,0 +1,1 @@
+"""Models: config.json -> DecoderConfig, and the one configurable decoder. See README.md."""
