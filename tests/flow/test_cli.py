@@ -13,10 +13,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from flow.processes import QUIRE, addresses, clean_environ, free_ports, run
-from unit.quire import checkpoints
 
+from flow.processes import QUIRE, addresses, clean_environ, free_ports, run
 from quire.config import settings
+from unit.quire import checkpoints
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from flow.processes import ROOT, Process, clean_environ, free_ports, get, post
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())

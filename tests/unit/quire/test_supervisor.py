@@ -1,0 +1,127 @@
+"""Starting, watching and ending processes: with fakes in the place of the services."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flow.processes import Process, alive, until
+from quire.cli import supervisor
+from quire.config import EngineConfig
+
+SCRIPT = str(Path(__file__).with_name("supervised.py"))
+NAMES = ("gateway", "scheduler", "worker")
+
+
+def supervise(tmp_path: Path, *specs: str) -> Process:
+    return Process([sys.executable, "-P", SCRIPT, "supervise", str(tmp_path / "events"), *specs])
+
+
+def events(tmp_path: Path) -> list[str]:
+    path = tmp_path / "events"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def pids(tmp_path: Path) -> dict[str, int]:
+    """The newest pid of each service."""
+    starts = [e.split() for e in events(tmp_path) if " start " in e]
+    return {name: int(pid) for name, _, pid in starts}
+
+
+def test_sigterm_ends_services_one_after_the_other(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=drain=0.2", "scheduler", "worker") as process:
+        process.line("ready")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+    after = events(tmp_path)
+    assert after[after.index("ready") + 1 :] == [
+        f"{n} {what}" for n in NAMES for what in ("term", "end")
+    ]
+
+
+def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=drain=30", "scheduler", "worker") as process:
+        process.line("ready")
+        family = pids(tmp_path)
+        process.signal(signal.SIGINT)
+        until(lambda: "gateway term" in events(tmp_path))
+        begin = time.monotonic()
+        process.signal(signal.SIGINT)
+        process.wait()
+        assert time.monotonic() - begin < 5
+        assert not any(alive(pid) for pid in family.values())
+    assert "gateway end" not in events(tmp_path)
+
+
+def test_a_deaf_service_is_killed_after_its_grace(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway", "scheduler=deaf", "worker") as process:
+        process.line("ready")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert "scheduler did not end" in process.output
+    assert "worker end" in events(tmp_path)
+
+
+def test_a_failed_start_ends_all_with_its_status(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway", "scheduler", "worker=exit=2") as process:
+        assert process.wait() == 2
+        family = pids(tmp_path)
+        assert "Model error: worker can't" in process.output
+        assert "Traceback" not in process.output
+        assert not any(alive(pid) for pid in family.values())
+
+
+def test_a_killed_start_is_told(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=silent", "scheduler", "worker") as process:
+        until(lambda: set(pids(tmp_path)) == set(NAMES))
+        os.kill(pids(tmp_path)["worker"], signal.SIGKILL)
+        assert process.wait() == 1
+        assert "worker was killed by SIGKILL while it started" in process.output
+
+
+def test_a_signal_while_starting_ends_cleanly(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=silent", "scheduler", "worker") as process:
+        until(lambda: set(pids(tmp_path)) == set(NAMES))
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_a_dead_service_is_started_again(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway", "scheduler", "worker=once=1") as process:
+        process.line("ready")
+        first = pids(tmp_path)["worker"]
+        process.line("worker ended with status 1; starting it again in 0.1 s")
+        until(lambda: pids(tmp_path)["worker"] != first)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_services_die_with_a_killed_supervisor(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway", "scheduler", "worker=deaf") as process:
+        process.line("ready")
+        family = pids(tmp_path)
+        process.signal(signal.SIGKILL)
+        until(lambda: not any(alive(pid) for pid in family.values()), 2)
+
+
+def test_settings_travel_by_environment_and_never_by_flags() -> None:
+    config = EngineConfig(api_key=("secret",), port=1234)
+    inherited = {"PATH": "/bin", "QUIRE_PORT": "9", "LLM_ENGINE_PORT": "8", "QUIRE_CONFIG": "x"}
+    environ = supervisor.environment(config, inherited)
+    assert environ["QUIRE_PORT"] == "1234" and environ["QUIRE_API_KEY"] == "secret"
+    assert "LLM_ENGINE_PORT" not in environ and "QUIRE_CONFIG" not in environ
+    assert environ["PATH"] == "/bin"
+    assert not any("secret" in word for s in supervisor.services(config) for word in s.command)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(3, "ended with status 3"), (-9, "was killed by SIGKILL"), (-99, "was killed by signal 99")],
+)
+def test_an_exit_status_in_words(status: int, words: str) -> None:
+    assert supervisor.ended(status) == words
