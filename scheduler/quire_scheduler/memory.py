@@ -1,0 +1,87 @@
+"""What a complete worker group offers: its KV memory as books, its limits, the model it serves.
+
+Knows no request and no plan. Called when the workers' memory is another than the books describe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.config import EngineConfig
+from quire_scheduler.admission import ModelInfo
+from quire_scheduler.cost import StepCostModel
+from quire_scheduler.group import Group, num_blocks
+from quire_scheduler.kv import KVManager, ModelIdentity
+from quire_scheduler.plan import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """`kv` holds nothing but what the workers said they hold by name."""
+
+    incarnation: tuple[int, ...]  # the processes it lives in
+    kv: KVManager
+    model: ModelInfo
+    limits: Limits
+    cost: StepCostModel
+    num_adopted: int  # blocks known by name
+
+
+def describe(group: Group, config: EngineConfig, old: KVManager | None) -> Memory:
+    """Books for the group's memory; the old ones are reset and kept where they fit, for their
+    running totals."""
+    layout = group.layout
+    assert layout is not None and group.complete
+    hellos = [worker.hello for worker in group.workers.values()]
+    first = group.workers[group.result_rank].hello
+    blocks = min(num_blocks(hello) for hello in hellos)
+    if old is not None and old.num_usable == blocks - 1:
+        kv = old
+        kv.reset_all()
+    else:
+        identity = ModelIdentity(
+            bytes.fromhex(layout.model_digest),
+            layout.dtype,
+            layout.kv_dtype,
+            config.kv_name_key.encode(),
+        )
+        kv = KVManager(
+            blocks,
+            layout.block_size,
+            identity,
+            enable_prefix_caching=config.enable_prefix_caching,
+            eviction_policy=config.eviction_policy,
+        )
+        if old is not None:
+            kv.stats = old.stats
+    # A request alone must always fit: the context ends where the memory does.
+    longest = min([h.max_model_len for h in hellos] + [kv.num_usable * layout.block_size])
+    if config.max_model_len:
+        longest = min(longest, config.max_model_len)
+    cost = StepCostModel(group.step_costs())
+    return Memory(
+        incarnation=group.incarnation,
+        kv=kv,
+        model=ModelInfo(
+            model=layout.model,
+            model_digest=layout.model_digest,
+            dtype=layout.dtype,
+            kv_dtype=layout.kv_dtype,
+            block_size=layout.block_size,
+            num_blocks=kv.num_usable,
+            max_model_len=longest,
+            vocab_size=layout.vocab_size,
+            eos_token_ids=layout.eos_token_ids,
+            max_slots=min(hello.max_slots for hello in hellos),
+            device=first.device,
+            attention_backend=first.attention_backend,
+            system_fingerprint=first.system_fingerprint,
+        ),
+        limits=Limits(
+            config.max_num_batched_tokens or cost.largest_chunk(),
+            config.max_num_seqs,
+            config.enable_chunked_prefill,
+        ),
+        cost=cost,
+        num_adopted=kv.adopt_inventory(*group.inventory()),
+    )

@@ -1,0 +1,67 @@
+"""When the next plan leaves, and where the time of a step goes.
+
+Knows predicted and measured times; not what a plan holds beyond its size. The second plan leaves
+just in time: early enough that the worker never waits, late enough that a newcomer does not wait
+for two steps.
+"""
+
+from __future__ import annotations
+
+from quire.v1 import step_pb2
+from quire_scheduler.cost import StepCostModel
+from quire_scheduler.counters import Counters
+from quire_scheduler.plan import Plan
+
+LEAD_S = 0.002  # the next plan leaves at least this long before the running step should end
+ROUND_TRIPS = 3  # or so many round trips, if that is longer
+SMOOTHING = 0.1
+MAX_ROUND_TRIP_S = 0.005  # one slow answer must not bring the plans forward for long
+
+
+class Pacer:
+    """All times in seconds on the engine's clock."""
+
+    def __init__(self, counters: Counters) -> None:
+        self.cost = StepCostModel()
+        self.round_trip = 0.0005  # scheduler -> worker -> scheduler, without the step
+        self._counters = counters
+
+    def until_lead(self, running: Plan, now: float) -> float:
+        """How long until the plan after `running` should leave; <= 0 = now."""
+        rest = running.begins_at + running.predicted_s - now
+        return rest - max(LEAD_S, ROUND_TRIPS * self.round_trip)
+
+    def sent(self, plan: Plan, before: Plan | None, now: float) -> None:
+        """The plan leaves, behind `before` if that is still running."""
+        plan.predicted_s = self.cost.predict(plan.total_tokens, plan.num_context_tokens)
+        plan.sent_at = plan.begins_at = now
+        if before is not None:
+            plan.begins_at = max(now, before.begins_at + before.predicted_s)
+
+    def answered(
+        self, plan: Plan, timings: step_pb2.StepTimings, following: Plan | None, now: float
+    ) -> None:
+        """The plan's result is here."""
+        step = timings.prepare_micros + timings.forward_micros + timings.sample_micros
+        wire = now - plan.sent_at - (timings.queue_micros + step) * 1e-6
+        if wire > 0 and plan.begins_at == plan.sent_at:  # it did not wait for another step
+            self.round_trip += SMOOTHING * (min(wire, MAX_ROUND_TRIP_S) - self.round_trip)
+        if following is not None:
+            following.begins_at = max(now - self.round_trip / 2, following.sent_at)
+        counters = self._counters
+        total = plan.total_tokens
+        if total:
+            self.cost.observe(total, plan.num_context_tokens, step)
+            decode = int((plan.num_tokens == 1).sum())
+            counters.batch_size.observe(len(plan.slots))
+            counters.decode_tokens.observe(decode)
+            counters.prefill_tokens.observe(total - decode)
+            counters.prompt_tokens += total - decode
+        counters.steps += 1
+        counters.wire_time.observe(max(wire, 0.0))
+        counters.worker_queue_time.observe(timings.queue_micros * 1e-6)
+        counters.prepare_time.observe(timings.prepare_micros * 1e-6)
+        counters.forward_time.observe(timings.forward_micros * 1e-6)
+        counters.sample_time.observe(timings.sample_micros * 1e-6)
+        counters.idle_time.observe(timings.idle_micros * 1e-6)
+        counters.step_time.observe(step * 1e-6)

@@ -1,0 +1,179 @@
+"""What a StepResult does to the state: tokens are appended, requests end, outputs go to clients.
+
+Knows no link and no clock. Work per row is numpy; Python objects are touched for requests that
+end. A result that can't be right raises ResultError before anything has changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quire.errors import KINDS, QuireError
+from quire.v1 import step_pb2
+from quire_scheduler.columns import I32, Bool
+from quire_scheduler.outputs import LENGTH, STOP, UNFINISHED, Logprobs, Outputs
+from quire_scheduler.plan import Plan
+from quire_scheduler.request import Request
+from quire_scheduler.state import State
+
+
+class ResultError(ValueError):
+    """A result that does not answer its plan."""
+
+
+@dataclass(slots=True, eq=False)
+class Applied:
+    """What came of a result."""
+
+    outputs: list[tuple[int, Outputs]] = field(default_factory=list)  # client number, delivery
+    ended: list[tuple[Request, int]] = field(default_factory=list)  # with STOP or LENGTH
+    failed: list[tuple[Request, QuireError]] = field(default_factory=list)
+    num_tokens: int = 0
+    doubtful: bool = False  # no token was taken: start a new epoch
+
+
+@dataclass(slots=True, eq=False)
+class _Rows:
+    slots: I32  # [num_rows] that were to sample
+    num_outputs: I32  # [num_rows] 0 or 1
+    token_ids: I32  # [num_rows], 0 without an output
+    stopped: Bool  # [num_rows]
+    logprobs: Logprobs | None  # over the rows with an output
+
+
+def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
+    """The columns, checked against the plan. Raises ResultError."""
+    try:
+        slots = np.frombuffer(result.slots, "<i4")
+        counts = np.frombuffer(result.num_outputs, np.uint8)
+        tokens = np.frombuffer(result.token_ids, "<i4")
+        finished = np.frombuffer(result.finished, np.uint8)
+        has = counts > 0
+        logprobs = None
+        if result.logprobs.counts:
+            logprobs = Logprobs.from_proto(result.logprobs, len(tokens))
+    except ValueError as error:
+        raise ResultError(f"columns of the result: {error}") from None
+    expected = plan.sampled
+    same = np.array_equal(slots, expected) or np.array_equal(np.sort(slots), np.sort(expected))
+    if not same or len(counts) != len(slots) or len(finished) != len(slots):
+        raise ResultError("rows of the result are not those of the plan")
+    if len(counts) and counts.max() > 1 or int(counts.sum()) != len(tokens):
+        raise ResultError("a row of the result has more tokens than its plan asked for")
+    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+        raise ResultError("a token of the result is not in the vocabulary")
+    by_row = np.zeros(len(slots), np.int32)
+    by_row[has] = tokens
+    return _Rows(slots, has.astype(np.int32), by_row, (finished > 0) & has, logprobs)
+
+
+def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int) -> Applied:
+    """Acknowledge the plan and append its tokens. Raises ResultError, then nothing is changed.
+
+    When a row did not run whose prompt blocks others may have shared within the step, their
+    tokens are worth nothing: only the errors are taken, and the plan is not acknowledged.
+    """
+    rows = read(result, plan, vocab_size)
+    columns = state.columns
+    applied = Applied()
+    errors = _errors(state, result)
+    applied.doubtful = any(doubtful for *_, doubtful in errors)
+    if applied.doubtful:
+        _fail(state, errors, applied)
+        return applied
+    state.acknowledge(plan)
+
+    alive = columns.attached[rows.slots] & (rows.num_outputs > 0)
+    slots, tokens, stopped = rows.slots[alive], rows.token_ids[alive], rows.stopped[alive]
+    at = columns.num_tokens[slots]
+    columns.token_ids[slots, at] = tokens
+    columns.num_tokens[slots] = at + 1
+    reasons = np.where(at + 1 >= columns.max_total[slots], LENGTH, UNFINISHED)
+    reasons = np.where(stopped, STOP, reasons).astype(np.uint8)
+    applied.num_tokens = len(slots)
+    if len(slots):
+        logprobs = rows.logprobs
+        if logprobs is not None:
+            logprobs = logprobs.take(alive[rows.num_outputs > 0])
+        outputs = Outputs(
+            handles=columns.handle[slots],
+            attempts=columns.attempt[slots],
+            first_indices=(at - columns.num_prompt_tokens[slots]).astype(np.uint32),
+            num_tokens=np.ones(len(slots), np.uint32),
+            token_ids=tokens,
+            finish_reasons=reasons,
+            stop_token_ids=np.where(stopped, tokens, np.int32(-1)),
+            num_cached_tokens=columns.num_cached_tokens[slots].astype(np.uint32),
+            deaths=columns.deaths[slots],
+            logprobs=logprobs,
+        )
+        applied.outputs = split(outputs, columns.client[slots])
+    over = reasons != UNFINISHED
+    for slot, reason in zip(slots[over].tolist(), reasons[over].tolist(), strict=True):
+        request = columns.requests[slot]
+        assert request is not None
+        state.finish(request)
+        applied.ended.append((request, reason))
+    silent = rows.slots[columns.attached[rows.slots] & (rows.num_outputs == 0)]
+    named = {slot for slot, *_ in errors}
+    for slot in silent.tolist():
+        if slot not in named:
+            error = QuireError("internal_error", "the worker computed no token for the request.")
+            errors.append((slot, error, False))
+    _fail(state, errors, applied)
+    state.settle()
+    return applied
+
+
+def _fail(state: State, errors: list[tuple[int, QuireError, bool]], applied: Applied) -> None:
+    for slot, error, _ in errors:
+        request = state.columns.requests[slot]
+        if request is not None:
+            state.finish(request)
+            applied.failed.append((request, error))
+
+
+def _errors(state: State, result: step_pb2.StepResult) -> list[tuple[int, QuireError, bool]]:
+    """(slot, error, doubtful) of rows that failed alone. Doubtful: the row may not have run,
+    while others may share the prompt blocks it was to write."""
+    columns = state.columns
+    errors = []
+    for row in result.row_errors:
+        slot = row.slot
+        if slot >= columns.max_slots or not columns.attached[slot]:
+            continue
+        name = row.error.name if row.error.name in KINDS else "internal_error"
+        error = QuireError(name, row.error.message, param=row.error.param or None)
+        first = bool(columns.num_tokens[slot] == columns.num_forced[slot])
+        errors.append((slot, error, first and name != "numeric_error"))
+    return errors
+
+
+def split(outputs: Outputs, clients: I32) -> list[tuple[int, Outputs]]:
+    """One delivery per client. `clients` [num_rows] are the rows' clients; a row has one token."""
+    first = int(clients[0])
+    if (clients == first).all():
+        return [(first, outputs)]
+    parts = []
+    for client in np.unique(clients).tolist():
+        mine = clients == client
+        parts.append(
+            (
+                client,
+                Outputs(
+                    handles=outputs.handles[mine],
+                    attempts=outputs.attempts[mine],
+                    first_indices=outputs.first_indices[mine],
+                    num_tokens=outputs.num_tokens[mine],
+                    token_ids=outputs.token_ids[mine],
+                    finish_reasons=outputs.finish_reasons[mine],
+                    stop_token_ids=outputs.stop_token_ids[mine],
+                    num_cached_tokens=outputs.num_cached_tokens[mine],
+                    deaths=outputs.deaths[mine],
+                    logprobs=None if outputs.logprobs is None else outputs.logprobs.take(mine),
+                ),
+            )
+        )
+    return parts
