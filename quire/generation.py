@@ -6,6 +6,7 @@ through a callback, and whoever owns the generation applies them one by one.
 
 from __future__ import annotations
 
+import queue
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from quire.errors import InvalidRequest
 from quire.local import Event, LocalEngine
 from quire.outputs import (
     CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
     EngineStats,
     Health,
     Logprob,
@@ -87,6 +90,34 @@ class TextEngine:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
+    def embed(self, prompts: Sequence[Prompt]) -> list[EmbeddingRequestOutput]:
+        """The pooled vector of each prompt, in order; waits for all. Raises a request's error."""
+        rows = [self.encode(prompt)[1] for prompt in prompts]
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        ids = [uuid.uuid4().hex for _ in rows]
+        handles = [
+            self.local.submit(
+                token_ids,
+                SamplingParams(),
+                lambda event, index=index: events.put((index, event)),  # type: ignore[misc]
+                request_id=ids[index],
+                pool=True,
+            )
+            for index, token_ids in enumerate(rows)
+        ]
+        vectors: dict[int, list[float]] = {}
+        while len(vectors) < len(rows):
+            index, event = events.get()
+            if event.error is not None:
+                for handle in handles:
+                    self.local.cancel(handle)
+                raise event.error
+            vectors[index] = event.embedding or []
+        return [
+            EmbeddingRequestOutput(ids[index], EmbeddingOutput(vectors[index]), token_ids)
+            for index, token_ids in enumerate(rows)
+        ]
+
     def stats(self) -> EngineStats:
         """Counts of scheduler and KV memory now."""
         now = self.local.engine.stats()
@@ -155,14 +186,15 @@ class Generation:
                 )
             )
 
-    def apply(self, index: int, event: Event) -> None:
-        """Add one event to `output`. Raises the request's error."""
+    def apply(self, index: int, event: Event) -> bool:
+        """Add one event to `output`; True when that ended the last choice. Raises the
+        request's error."""
         if event.error is not None:
             self.cancel()
             raise event.error
         choice, stream = self.output.outputs[index], self._streams[index]
         if choice.finished:
-            return
+            return False
         last = event.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         before = stream.num_tokens
         choice.text += stream.push(
@@ -182,6 +214,7 @@ class Generation:
             eos = event.stop_token_id if event.stop_token_id in self._params.stop_token_ids else -1
             choice.stop_reason = eos if eos >= 0 else None
         self.output.finished = all(c.finished for c in self.output.outputs)
+        return self.output.finished
 
     def _add_logprobs(self, choice: CompletionOutput, event: Event, kept: int) -> None:
         assert choice.logprobs is not None and choice.cumulative_logprob is not None

@@ -78,10 +78,7 @@ class LLM:
                 unfinished += _start_next(waiting, events)
             while unfinished:
                 run, index, event = events.get()
-                if run.output.finished:
-                    continue
-                run.apply(index, event)
-                if run.output.finished:
+                if run.apply(index, event):
                     unfinished += _start_next(waiting, events) - 1
         except BaseException:
             for run in runs:

@@ -18,6 +18,7 @@ from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.link import QueueLink
 from quire.sampling import SamplingParams
+from quire.v1 import common_pb2 as pb
 
 if TYPE_CHECKING:
     from quire_scheduler.outputs import Outputs
@@ -34,6 +35,7 @@ class Event:
     logprobs: list[list[tuple[int, float]]]  # [num_tokens][1 + k], the sampled token first
     ranks: list[int]  # [num_tokens] of the sampled tokens; empty without logprobs
     error: QuireError | None
+    embedding: list[float] | None  # [hidden_size], of a request that pools
 
 
 Sink = Callable[[Event], None]
@@ -90,12 +92,12 @@ class LocalEngine:
         sink: Sink,
         *,
         request_id: str,
-        priority: int = 0,
-        cache_salt: str = "",
+        pool: bool = False,
     ) -> int:
-        """Queue one request (n = 1, seeded); returns its handle. `sink` is called on the
-        engine thread for each Event and must not block."""
+        """Queue one request (n = 1, seeded), for tokens or, with `pool`, for one vector; returns
+        its handle. `sink` is called on the engine thread for each Event and must not block."""
         import numpy as np
+
         from quire_scheduler.request import Submission
 
         handle = next(self._handles)
@@ -108,8 +110,7 @@ class LocalEngine:
                 request_id=request_id,
                 prompt_token_ids=np.asarray(prompt_token_ids, np.int32),
                 params=params,
-                priority=priority,
-                cache_salt=cache_salt,
+                kind=pb.REQUEST_KIND_POOL if pool else pb.REQUEST_KIND_GENERATE,
             ),
         )
         return handle
@@ -123,6 +124,7 @@ class LocalEngine:
     def deliver(self, outputs: Outputs) -> None:
         """Split one delivery into events. Called by the engine's thread."""
         failures = {failure.handle: failure.error for failure in outputs.failures}
+        pooled = {vector.handle: vector.embedding.tolist() for vector in outputs.pooled}
         tokens = outputs.token_ids.tolist()
         logprobs, ranks = _rows(outputs)
         start = 0
@@ -136,6 +138,7 @@ class LocalEngine:
                 logprobs=logprobs[start:end],
                 ranks=ranks[start:end],
                 error=failures.get(handle),
+                embedding=pooled.get(handle),
             )
             start = end
             with self._lock:

@@ -112,7 +112,7 @@ class Cancel(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("handles", "attempts", "first_indices", "num_tokens", "token_ids", "finish_reasons", "stop_token_ids", "num_cached_tokens", "deaths", "logprobs", "failures", "welcome")
+    __slots__ = ("handles", "attempts", "first_indices", "num_tokens", "token_ids", "finish_reasons", "stop_token_ids", "num_cached_tokens", "deaths", "logprobs", "failures", "welcome", "pooled")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDICES_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class AttachResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     attempts: bytes
     first_indices: bytes
@@ -137,7 +138,8 @@ class AttachResponse(_message.Message):
     logprobs: _common_pb2.LogprobColumns
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
     welcome: AttachWelcome
-    def __init__(self, handles: _Optional[bytes] = ..., attempts: _Optional[bytes] = ..., first_indices: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[bytes] = ..., stop_token_ids: _Optional[bytes] = ..., num_cached_tokens: _Optional[bytes] = ..., deaths: _Optional[bytes] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., welcome: _Optional[_Union[AttachWelcome, _Mapping]] = ...) -> None: ...
+    pooled: _containers.RepeatedCompositeFieldContainer[Pooled]
+    def __init__(self, handles: _Optional[bytes] = ..., attempts: _Optional[bytes] = ..., first_indices: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[bytes] = ..., stop_token_ids: _Optional[bytes] = ..., num_cached_tokens: _Optional[bytes] = ..., deaths: _Optional[bytes] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., welcome: _Optional[_Union[AttachWelcome, _Mapping]] = ..., pooled: _Optional[_Iterable[_Union[Pooled, _Mapping]]] = ...) -> None: ...
 
 class AttachWelcome(_message.Message):
     __slots__ = ("scheduler_epoch", "protocol_version")
@@ -146,6 +148,16 @@ class AttachWelcome(_message.Message):
     scheduler_epoch: int
     protocol_version: int
     def __init__(self, scheduler_epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+
+class Pooled(_message.Message):
+    __slots__ = ("handle", "attempt", "embedding")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    attempt: int
+    embedding: bytes
+    def __init__(self, handle: _Optional[int] = ..., attempt: _Optional[int] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("handle", "attempt", "error")

@@ -56,7 +56,9 @@ def accept(
     params = submission.params.check(model.vocab_size).seeded()
     prompt, output = submission.prompt_token_ids, submission.output_token_ids
     max_total = model.max_model_len
-    if params.max_tokens is not None:
+    if submission.kind == common_pb2.REQUEST_KIND_POOL:
+        max_total = len(prompt) + 1  # the vector takes the place of one token
+    elif params.max_tokens is not None:
         max_total = min(max_total, len(prompt) + params.max_tokens)
     if len(output):
         last = int(output[-1])
@@ -81,6 +83,7 @@ def accept(
         num_prompt_tokens=len(prompt),
         max_total=max_total,
         tokens=np.concatenate((prompt, output)).astype(np.int32, copy=False),
+        kind=submission.kind or common_pb2.REQUEST_KIND_GENERATE,
         priority=submission.priority if use_priority else 0,
         deaths=submission.deaths,
         grammar=submission.grammar,
@@ -97,11 +100,8 @@ def check(submission: Submission, model: ModelInfo) -> None:
     """Raise QuireError for what this scheduler and its worker can't do."""
     if not 0 <= submission.handle <= MAX_HANDLE or not 0 <= submission.attempt <= MAX_HANDLE:
         raise InvalidRequest("handle and attempt must be unsigned 32-bit numbers.")
-    if submission.kind not in (
-        common_pb2.REQUEST_KIND_UNSPECIFIED,
-        common_pb2.REQUEST_KIND_GENERATE,
-    ):
-        raise QuireError("unsupported", "This model serves no embeddings.")
+    if submission.kind not in common_pb2.RequestKind.values():
+        raise InvalidRequest(f"{submission.kind} is no kind of request.")
     if submission.adapter:
         raise QuireError("unsupported", "Adapters are not served by this version.", param="model")
     if submission.grammar is not None and submission.grammar.kind:

@@ -14,7 +14,7 @@ import numpy as np
 from quire.errors import InvalidRequest
 from quire.sampling import SamplingParams
 from quire.telemetry import NO_CONTEXT, Context
-from quire.v1 import engine_pb2
+from quire.v1 import common_pb2, engine_pb2
 from quire_scheduler.columns import I32
 from quire_scheduler.outputs import Outputs, merge
 from quire_scheduler.request import Submission
@@ -101,6 +101,18 @@ def from_generate(
         priority=message.priority,
         adapter=message.adapter,
         cache_salt=message.cache_salt,
+        trace=trace,
+    )
+
+
+def from_embed(message: engine_pb2.EmbedRequest, request_id: str, trace: Context) -> Submission:
+    """The submission of an Embed call: handle 0."""
+    return Submission(
+        handle=0,
+        request_id=request_id,
+        kind=common_pb2.REQUEST_KIND_POOL,
+        prompt_token_ids=np.array(message.prompt_token_ids, np.int32),
+        params=SamplingParams(),
         trace=trace,
     )
 

@@ -35,6 +35,15 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """The vector of a request of kind POOL. embedding: f32 [hidden_size]."""
+
+    handle: int
+    attempt: int
+    embedding: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Logprobs:
     """Columns as in LogprobColumns: token t has counts[t] entries, the sampled token first."""
 
@@ -96,6 +105,7 @@ class Outputs:
     deaths: U32
     logprobs: Logprobs | None = None  # over token_ids; None when no row asked
     failures: Sequence[Failure] = field(default=())
+    pooled: Sequence[Pooled] = field(default=())  # of rows that finish with a vector
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -118,6 +128,14 @@ class Outputs:
                 )
                 for f in self.failures
             ],
+            pooled=[
+                engine_pb2.Pooled(
+                    handle=p.handle,
+                    attempt=p.attempt,
+                    embedding=p.embedding.astype("<f4").tobytes(),
+                )
+                for p in self.pooled
+            ],
         )
 
 
@@ -138,6 +156,7 @@ def one_row(
     num_cached_tokens: int = 0,
     deaths: int = 0,
     error: QuireError | None = None,
+    embedding: NDArray[np.float32] | None = None,
 ) -> Outputs:
     """A finish without tokens."""
     return Outputs(
@@ -151,6 +170,7 @@ def one_row(
         num_cached_tokens=np.array([max(num_cached_tokens, 0)], np.uint32),
         deaths=np.array([deaths], np.uint32),
         failures=() if error is None else (Failure(handle, attempt, error),),
+        pooled=() if embedding is None else (Pooled(handle, attempt, embedding),),
     )
 
 
@@ -179,6 +199,7 @@ def merge(parts: Sequence[Outputs]) -> Outputs:
         deaths=np.concatenate([p.deaths for p in parts]),
         logprobs=logprobs,
         failures=[f for p in parts for f in p.failures],
+        pooled=[v for p in parts for v in p.pooled],
     )
 
 

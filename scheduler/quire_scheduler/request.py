@@ -61,6 +61,7 @@ class Request:
     num_prompt_tokens: int
     max_total: int  # tokens at which it ends by length
     tokens: I32  # [num_tokens] prompt and outputs, without a slot
+    kind: int = common_pb2.REQUEST_KIND_GENERATE
     priority: int = 0
     deaths: int = 0
     grammar: common_pb2.Grammar | None = None
@@ -72,6 +73,11 @@ class Request:
     num_final_tokens: int = 0
     slot: int = -1
     columns: Columns | None = None
+
+    @property
+    def pools(self) -> bool:
+        """Whether it wants a vector instead of tokens."""
+        return self.kind == common_pb2.REQUEST_KIND_POOL
 
     @property
     def num_tokens(self) -> int:
@@ -93,8 +99,10 @@ class Request:
 
     @property
     def row_flags(self) -> int:
-        """RowFlag bits of a row that samples."""
+        """RowFlag bits of the row that yields something."""
         flags = int(step_pb2.ROW_FLAG_SAMPLE)
+        if self.pools:
+            return flags | int(step_pb2.ROW_FLAG_POOL)
         if self.params.logprobs is not None:
             flags |= int(step_pb2.ROW_FLAG_LOGPROBS)
         return flags
@@ -106,7 +114,7 @@ class Request:
         return step_pb2.Admit(
             slot=slot,
             request_id=self.request_id,
-            kind=common_pb2.REQUEST_KIND_GENERATE,
+            kind=self.kind,  # type: ignore[arg-type]
             prompt_token_ids=tokens[:prompt].astype("<i4").tobytes(),
             output_token_ids=tokens[prompt:].astype("<i4").tobytes(),
             num_computed_tokens=num_computed,

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quire.errors import KINDS, QuireError
 from quire.v1 import step_pb2
 from quire_scheduler.columns import I32, Bool
-from quire_scheduler.outputs import LENGTH, STOP, UNFINISHED, Logprobs, Outputs
+from quire_scheduler.outputs import LENGTH, STOP, UNFINISHED, Logprobs, Outputs, one_row
 from quire_scheduler.plan import Plan
 from quire_scheduler.request import Request
 from quire_scheduler.state import State
@@ -41,6 +42,7 @@ class _Rows:
     token_ids: I32  # [num_rows], 0 without an output
     stopped: Bool  # [num_rows]
     logprobs: Logprobs | None  # over the rows with an output
+    pooled: dict[int, NDArray[np.float32]]  # slot -> f32 [hidden_size]
 
 
 def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
@@ -66,7 +68,21 @@ def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
         raise ResultError("a token of the result is not in the vocabulary")
     by_row = np.zeros(len(slots), np.int32)
     by_row[has] = tokens
-    return _Rows(slots, has.astype(np.int32), by_row, (finished > 0) & has, logprobs)
+    pooled = _pooled(result, plan)
+    return _Rows(slots, has.astype(np.int32), by_row, (finished > 0) & has, logprobs, pooled)
+
+
+def _pooled(result: step_pb2.StepResult, plan: Plan) -> dict[int, NDArray[np.float32]]:
+    """Vectors of the plan's POOL rows that did not fail, which come in the order of the rows."""
+    failed = {row.slot for row in result.row_errors}
+    rows = plan.slots[(plan.flags & step_pb2.ROW_FLAG_POOL) != 0].tolist()
+    slots = [slot for slot in rows if slot not in failed]
+    if len(result.pooled) % (4 * max(len(slots), 1)) or bool(slots) != bool(result.pooled):
+        raise ResultError("pooled vectors of the result are not those of the plan")
+    if not slots:
+        return {}
+    vectors = np.frombuffer(result.pooled, "<f4").reshape(len(slots), -1)
+    return dict(zip(slots, vectors, strict=True))
 
 
 def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int) -> Applied:
@@ -119,12 +135,31 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
     silent = rows.slots[columns.attached[rows.slots] & (rows.num_outputs == 0)]
     named = {slot for slot, *_ in errors}
     for slot in silent.tolist():
-        if slot not in named:
+        if slot in rows.pooled:
+            _pool(state, slot, rows.pooled[slot], applied)
+        elif slot not in named:
             error = QuireError("internal_error", "the worker computed no token for the request.")
             errors.append((slot, error, False))
     _fail(state, errors, applied)
     state.settle()
     return applied
+
+
+def _pool(state: State, slot: int, embedding: NDArray[np.float32], applied: Applied) -> None:
+    request = state.columns.requests[slot]
+    assert request is not None
+    row = one_row(
+        request.handle,
+        request.attempt,
+        0,
+        STOP,
+        num_cached_tokens=request.num_cached_tokens,
+        deaths=request.deaths,
+        embedding=embedding,
+    )
+    applied.outputs.append((request.client, row))
+    state.finish(request)
+    applied.ended.append((request, STOP))
 
 
 def _fail(state: State, errors: list[tuple[int, QuireError, bool]], applied: Applied) -> None:

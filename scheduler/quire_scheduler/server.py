@@ -23,7 +23,7 @@ from quire.errors import AddressInUse, ConfigError, QuireError
 from quire.telemetry import NO_CONTEXT, Context
 from quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.wire import PROTOCOL_VERSION
-from quire_scheduler.bridge import OutputStream, from_generate, from_submit
+from quire_scheduler.bridge import OutputStream, from_embed, from_generate, from_submit
 from quire_scheduler.engine import Engine
 from quire_scheduler.metrics import MetricsPage, resident_bytes
 from quire_scheduler.outputs import ERROR, one_row
@@ -61,14 +61,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     ) -> AsyncIterator[engine_pb2.GenerateResponse]:
         engine = self._engine
         request_id = request.request_id or f"gen-{secrets.token_hex(8)}"
-        names = self._config.model_names
         stream = OutputStream(asyncio.get_running_loop())
         try:
-            if request.model and request.model not in names:
-                message = f"The model {request.model!r} does not exist; served is {names[0]!r}."
-                raise QuireError("model_not_found", message, param="model")
-            if engine.model() is None:
-                raise QuireError("not_ready", "The model is loading.", retry_after_s=1.0)
+            self._require(request.model)
             engine.submit(stream, from_generate(request, request_id, _trace(context)))
             count = 0
             while True:
@@ -228,8 +223,38 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         left = await asyncio.to_thread(self._engine.drain, timeout)
         return engine_pb2.DrainResponse(num_unfinished=left)
 
-    async def Embed(self, request: Any, context: Any) -> Any:
-        await abort(context, QuireError("unsupported", "This model serves no embeddings."))
+    async def Embed(
+        self, request: engine_pb2.EmbedRequest, context: Any
+    ) -> engine_pb2.EmbedResponse:
+        engine = self._engine
+        request_id = request.request_id or f"emb-{secrets.token_hex(8)}"
+        stream = OutputStream(asyncio.get_running_loop())
+        try:
+            self._require(request.model)
+            engine.submit(stream, from_embed(request, request_id, _trace(context)))
+            outputs = await stream.next()
+            for failed in outputs.failures:
+                raise failed.error
+            answer = engine_pb2.EmbedResponse(
+                embedding=outputs.pooled[0].embedding.astype("<f4").tobytes()
+            )
+            answer.usage.num_prompt_tokens = len(request.prompt_token_ids)
+            answer.usage.num_cached_tokens = int(outputs.num_cached_tokens[0])
+            return answer
+        except QuireError as error:
+            await abort(context, error)
+        finally:
+            stream.close()
+            engine.detach(stream)
+
+    def _require(self, model: str) -> None:
+        """Raise QuireError unless `model` ("" = any) is served and loaded."""
+        names = self._config.model_names
+        if model and model not in names:
+            message = f"The model {model[:200]!r} does not exist; served is {names[0]!r}."
+            raise QuireError("model_not_found", message, param="model")
+        if self._engine.model() is None:
+            raise QuireError("not_ready", "The model is loading.", retry_after_s=1.0)
 
     async def LoadAdapter(self, request: Any, context: Any) -> Any:
         await abort(context, QuireError("unsupported", "Adapters are not served by this version."))

@@ -452,6 +452,7 @@ class FakeWorker:
         lp_counts: list[int] = []
         lp_ids: list[int] = []
         lp_values: list[float] = []
+        pooled: list[list[float]] = []
         for slot, state, flags, runs in rows:
             if not flags & pb.ROW_FLAG_SAMPLE:
                 continue
@@ -459,6 +460,11 @@ class FakeWorker:
             if not runs or slot in errors:
                 counts.append(0)
                 finished.append(1)
+                continue
+            if flags & pb.ROW_FLAG_POOL:
+                pooled.append(embedding(state.tokens))
+                counts.append(0)
+                finished.append(0)
                 continue
             token = next_token(state.hashes[-1], state.seed, o.vocab_size, o.eos_every, o.eos)
             state.tokens.append(token)
@@ -479,11 +485,17 @@ class FakeWorker:
         result.num_outputs = bytes(counts)
         result.token_ids = np.array(tokens, "<i4").tobytes()
         result.finished = bytes(finished)
+        result.pooled = np.array(pooled, "<f4").tobytes()
         if any(lp_counts):
             result.logprobs.counts = np.array(lp_counts, "<u4").tobytes()
             result.logprobs.token_ids = np.array(lp_ids, "<i4").tobytes()
             result.logprobs.logprobs = np.array(lp_values, "<f4").tobytes()
             result.logprobs.ranks = np.array([1 if c else 0 for c in lp_counts], "<u4").tobytes()
+
+
+def embedding(tokens: Sequence[int]) -> list[float]:
+    """What a request that pools gets."""
+    return [float(len(tokens)), float(sum(tokens)), float(tokens[-1])]
 
 
 def i32(data: bytes) -> list[int]:

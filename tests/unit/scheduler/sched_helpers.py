@@ -31,6 +31,7 @@ class Stream:
     error: QuireError | None = None
     logprob_counts: list[int] = field(default_factory=list)
     first_index: int | None = None
+    embedding: list[float] | None = None
 
 
 class Collector:
@@ -46,6 +47,7 @@ class Collector:
     def deliver(self, outputs: Outputs) -> None:
         self.num_deliveries += 1
         failures = {f.handle: f.error for f in outputs.failures}
+        pooled = {p.handle: p.embedding.tolist() for p in outputs.pooled}
         at = 0
         for row in range(len(outputs)):
             stream = self[int(outputs.handles[row])]
@@ -64,6 +66,7 @@ class Collector:
             stream.stop_token_id = int(outputs.stop_token_ids[row])
             stream.num_cached_tokens = int(outputs.num_cached_tokens[row])
             stream.deaths = int(outputs.deaths[row])
+            stream.embedding = pooled.get(int(outputs.handles[row]))
             if stream.reason == "error":
                 stream.error = failures[int(outputs.handles[row])]
 

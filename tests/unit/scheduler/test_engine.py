@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from sched_helpers import Collector, Rig, Waiter, submission
 
-from fakes.worker import FakeWorker, Options, oracle
+from fakes.worker import FakeWorker, Options, embedding, oracle
 from quire.config import EngineConfig
 from quire.link import QueueLink
 from quire.sampling import SamplingParams
+from quire.v1 import common_pb2
 from quire_scheduler.engine import Engine, Submission
 
 
@@ -186,6 +187,20 @@ def test_logprobs_travel_with_their_tokens_and_only_to_who_asked():
     assert other[0].logprob_counts in ([], [0] * 4)
 
 
+def test_a_request_that_pools_gets_one_vector_among_requests_that_generate():
+    rig = Rig(max_num_batched_tokens=16)
+    prompts = [list(range(5, 5 + n)) for n in (1, 16, 40)]
+    for handle, prompt in enumerate(prompts):
+        rig.submit(prompt, handle=handle, kind=common_pb2.REQUEST_KIND_POOL)
+    rig.submit([7], handle=9, max_tokens=8)
+    rig.run(until=4)
+    for handle, prompt in enumerate(prompts):
+        assert rig.client[handle].embedding == embedding(prompt)
+        assert rig.client[handle].reason == "stop" and not rig.client[handle].tokens
+    assert rig.client[9].tokens == rig.expected([7], max_tokens=8)[0]
+    rig.engine.check()
+
+
 @pytest.mark.parametrize(
     ("prompt", "rest", "name", "says"),
     [
@@ -199,7 +214,7 @@ def test_logprobs_travel_with_their_tokens_and_only_to_who_asked():
         ([5], {"n": 2}, "invalid_request", "n is"),
         ([5], {"prompt_logprobs": 1}, "unsupported", "prompt_logprobs"),
         ([5], {"adapter": "x"}, "unsupported", "Adapters"),
-        ([5], {"kind": 2}, "unsupported", "embeddings"),
+        ([5], {"kind": 9}, "invalid_request", "kind"),
         ([5], {"multimodal": b"x"}, "unsupported", "text"),
         ([5], {"priority": 1 << 40}, "invalid_request", "priority"),
         ([5], {"cache_salt": "x" * 600}, "invalid_request", "cache_salt"),

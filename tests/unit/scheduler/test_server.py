@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fakes.worker import FakeWorker, Options, oracle
+from fakes.worker import FakeWorker, Options, embedding, oracle
 from quire.config import EngineConfig
 from quire.errors import AddressInUse
 from quire.link import QueueLink
@@ -326,7 +326,6 @@ async def test_model_and_load():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("Embed", engine_pb2.EmbedRequest()),
         ("LoadAdapter", engine_pb2.LoadAdapterRequest()),
         ("UnloadAdapter", engine_pb2.UnloadAdapterRequest()),
     ],
@@ -337,6 +336,16 @@ async def test_what_is_not_served_says_so(method, message):
             await getattr(running.stub, method)(message)
         assert caught.value.code() == CODE.UNIMPLEMENTED
         assert "serve" in caught.value.details()
+
+
+async def test_embed_answers_with_one_vector():
+    async with serving() as running:
+        answer = await running.stub.Embed(engine_pb2.EmbedRequest(prompt_token_ids=[5, 6, 7]))
+        assert np.frombuffer(answer.embedding, "<f4").tolist() == embedding([5, 6, 7])
+        assert answer.usage.num_prompt_tokens == 3
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await running.stub.Embed(engine_pb2.EmbedRequest())
+        assert caught.value.code() == CODE.INVALID_ARGUMENT
 
 
 async def test_health_follows_the_worker():

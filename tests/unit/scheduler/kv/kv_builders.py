@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from quire_scheduler.kv import KVHandle, KVManager, ModelIdentity, Namespace
 from quire_scheduler.kv.names import root_of
 

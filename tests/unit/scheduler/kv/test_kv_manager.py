@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kv_builders import BLOCK, NS, ROOT, admit, make_kv, prompt
+
 from quire_scheduler.kv import BlockAccountingError, Namespace
 from quire_scheduler.kv.names import chain
 

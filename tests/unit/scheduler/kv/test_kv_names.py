@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from quire_scheduler.kv.names import (
     ModelIdentity,
     Namespace,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from quire_scheduler.kv.blocks import BlockAccountingError
 from quire_scheduler.kv.eviction import POLICIES, policy
 from quire_scheduler.kv.radix import MatchResult, Node, RadixTree

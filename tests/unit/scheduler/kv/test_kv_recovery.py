@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kv_builders import BLOCK, NS, ROOT, admit, block_ids, make_kv, prompt
+
 from quire_scheduler.kv import Namespace
 from quire_scheduler.kv.names import chain
 

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kv_builders import BLOCK, IDENTITY, Clock
+
 from quire_scheduler.kv import KVHandle, KVManager, Namespace
 from quire_scheduler.kv.names import chain, root_of
 
