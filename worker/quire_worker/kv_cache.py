@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -62,20 +63,26 @@ class KVCache:
         self.block_size = spec.block_size
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         try:
-            self.pool = torch.zeros(shape, dtype=spec.dtype, device=device)
-        except (
-            RuntimeError
-        ) as error:  # torch.OutOfMemoryError is one; the CPU allocator raises the plain kind
+            self.pool = _zeros(shape, spec.dtype, device)
+        except (RuntimeError, OSError) as error:  # torch's allocators; the kernel's, for mmap
             raise ResourceError(
                 f"the KV pool of {num_blocks} blocks needs {_size(num_blocks * spec.block_bytes)} "
-                "and could not be "
-                f"allocated on {device}; lower --kv-cache-memory-bytes or --num-gpu-blocks-override"
+                f"and could not be allocated on {device}; lower --kv-cache-memory-bytes or "
+                "--num-gpu-blocks-override."
             ) from error
         self._layers = [(self.pool[:, i, 0], self.pool[:, i, 1]) for i in range(spec.num_layers)]
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k_cache, v_cache), strided views [num_blocks, num_kv_heads, block_size, head_dim]."""
         return self._layers[number]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on CPU in fresh anonymous pages, so that memory is used when a block first is."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def plan_num_blocks(

@@ -1,0 +1,293 @@
+"""Runner: executes step plans in order, each exactly once, and says what came out.
+
+Knows no sockets and no checkpoints: it is given a model, a KV cache and plans as messages.
+
+Plans run strictly in order of seq within an epoch. What can't be executed is answered, never
+raised: FAILED (nothing was committed, the epoch is over here) or REFUSED (not executed). The
+first plan of a higher epoch empties every slot; blocks and their names stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from quire.errors import QuireError
+from quire.telemetry import Span, Tracer, Value
+from quire.v1 import step_pb2 as pb
+from quire_worker import batch, columns, sampler
+from quire_worker.columns import Limits, PlanColumns, PlanError
+from quire_worker.results import Clock, StepStats, add_row_error, fill_outputs, fill_timings
+from quire_worker.slots import SlotTable
+
+log = logging.getLogger("quire.worker")
+
+RESULTS_KEPT = 8  # for plans that arrive twice
+
+
+class Model(Protocol):
+    """What the runner needs of a model; see models/README.md."""
+
+    def forward(self, input_ids: Any, positions: Any, attn: Any, kv_cache: Any) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size]; writes the tokens' KV."""
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """f32 [n, vocab_size]."""
+
+
+class Runner:
+    """All state of one rank's running requests. Used by one thread; the attributes that the
+    heartbeat reads (epoch, last_seq, started_ns, busy_ns) are plain ints."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: Any,
+        limits: Limits,
+        device: torch.device,
+        eos_token_ids: tuple[int, ...] = (),
+        worker_epoch: int = 0,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.limits = limits
+        self.device = device
+        self.worker_epoch = worker_epoch
+        self.tracer = tracer
+        self.table = SlotTable(limits, device, eos_token_ids)
+        # Content names of device blocks; they outlive epochs.
+        self.block_names = np.zeros((limits.num_blocks, 16), np.uint8)
+        self.block_is_named = np.zeros(limits.num_blocks, bool)
+        self.epoch = 0  # of the last plan executed
+        self.highest_epoch = 0  # seen in any plan
+        self.last_seq = 0
+        self.broken = ""  # why the rest of the epoch is refused
+        self.memory_bytes = 0  # of the device, used by this process; set by the owner
+        self.started_ns = 0  # when the step in hand began, 0 = idle
+        self.busy_ns = 0  # in all
+        self.stats = StepStats()
+        self._ended_ns = time.monotonic_ns()
+        self._results: deque[pb.StepResult] = deque(maxlen=RESULTS_KEPT)
+        self._spans: dict[int, Span] = {}
+        self._first_own_block: dict[int, int] = {}  # slot -> index of its first block not shared
+
+    def execute(self, plan: pb.StepPlan, received_ns: int | None = None) -> pb.StepResult:
+        """The plan's result. received_ns: monotonic time at which the plan arrived."""
+        begin = time.monotonic_ns()
+        answer = self._gate(plan)
+        if answer is not None:
+            return answer
+        stats = self.stats = StepStats(
+            queue=begin - received_ns if received_ns else 0, idle=max(begin - self._ended_ns, 0)
+        )
+        self.started_ns = begin
+        try:
+            result = self._step(plan, stats, begin)
+        except PlanError as error:
+            result = self._failed(plan, f"plan {plan.seq} of epoch {plan.epoch}: {error}")
+            log.error("%s", result.error)
+        except Exception as error:
+            log.exception("step %d of epoch %d failed", plan.seq, plan.epoch)
+            result = self._failed(plan, f"{type(error).__name__}: {error}"[:2000])
+        self._ended_ns = time.monotonic_ns()
+        self.busy_ns += self._ended_ns - begin
+        self.started_ns = 0
+        self.last_seq = plan.seq
+        self._results.append(result)
+        return result
+
+    def held_blocks(self) -> tuple[bytes, bytes]:
+        """(ids as i32, names of 16 bytes each) of the blocks whose content has a name."""
+        held = np.flatnonzero(self.block_is_named).astype("<i4")
+        return held.tobytes(), self.block_names[held].tobytes()
+
+    # -- may the plan run? -----------------------------------------------------------------
+    def _gate(self, plan: pb.StepPlan) -> pb.StepResult | None:
+        """An answer when the plan is not to be executed. Begins a new epoch."""
+        epoch, seq = plan.epoch, plan.seq
+        self.highest_epoch = max(self.highest_epoch, epoch)
+        if epoch < self.epoch or epoch == 0:
+            return self._refused(plan, f"epoch {epoch} is over; this worker is in {self.epoch}.")
+        if epoch > self.epoch:
+            if seq != 1:
+                return self._refused(plan, f"epoch {epoch} begins with plan {seq}, not 1.")
+            self._begin_epoch(epoch)
+            return None
+        if seq <= self.last_seq:
+            for result in self._results:
+                if result.seq == seq:
+                    return result
+            return self._refused(plan, f"plan {seq} was executed long ago; its result is gone.")
+        if not self.broken and seq != self.last_seq + 1:
+            self.broken = f"plan {self.last_seq + 1} is missing: {seq} came after {self.last_seq}."
+            log.error("epoch %d: %s", epoch, self.broken)
+        return self._refused(plan, self.broken) if self.broken else None
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.last_seq, self.broken = epoch, 0, ""
+        self._results.clear()
+        self.table.clear()
+        self._first_own_block.clear()
+        for slot in list(self._spans):
+            self._end_span(slot, "cancelled")
+
+    def _answer(self, plan: pb.StepPlan, status: pb.StepStatus, error: str = "") -> pb.StepResult:
+        return pb.StepResult(
+            epoch=plan.epoch, seq=plan.seq, worker_epoch=self.worker_epoch, status=status,
+            error=error,
+        )  # fmt: skip
+
+    def _refused(self, plan: pb.StepPlan, reason: str) -> pb.StepResult:
+        return self._answer(plan, pb.STEP_STATUS_REFUSED, reason)
+
+    def _failed(self, plan: pb.StepPlan, error: str) -> pb.StepResult:
+        self.broken = f"plan {plan.seq} failed: {error}"
+        return self._answer(plan, pb.STEP_STATUS_FAILED, error)
+
+    # -- one step --------------------------------------------------------------------------
+    @torch.inference_mode()
+    def _step(self, plan: pb.StepPlan, stats: StepStats, begin: int) -> pb.StepResult:
+        table = self.table
+        cols = columns.read_columns(plan, self.limits)
+        result = self._answer(plan, pb.STEP_STATUS_OK)
+        self._apply(plan, cols, result)
+        if not table.in_use[cols.slots].all():
+            free = int(cols.slots[~table.in_use[cols.slots]][0])
+            raise PlanError(f"slots: nobody is in slot {free}.")
+        rows = np.flatnonzero(~table.finished[cols.slots])
+        slots, num_tokens, flags = cols.slots[rows], cols.num_tokens[rows], cols.flags[rows]
+        samples = (flags & pb.ROW_FLAG_SAMPLE) != 0
+        samples &= ~table.muted[slots]
+        sampling = slots[samples]
+        drawn = None
+        clock = Clock(self.device, begin)
+        if len(slots):
+            inputs = batch.build(table, slots, num_tokens, samples)
+            attn = batch.attention_metadata(table, inputs)
+            clock.mark()
+            hidden = self.model.forward(inputs.input_ids, inputs.positions, attn, self.kv_cache)
+            if len(sampling):
+                if inputs.num_tokens != len(sampling):
+                    hidden = hidden[inputs.logits_indices]
+                logits = self.model.compute_logits(hidden)
+                clock.mark()
+                wants_logprobs = (flags[samples] & pb.ROW_FLAG_LOGPROBS) != 0
+                drawn = sampler.sample(logits, table, sampling, wants_logprobs)
+        stats.prepare, stats.forward, stats.sample = clock.split()
+        # Nothing below this line waits for the device or can fail half-way.
+        self._commit(cols, slots, num_tokens, sampling, drawn, result)
+        self._count(stats, slots, num_tokens, sampling)
+        fill_timings(result, stats)
+        result.device_memory_bytes = self.memory_bytes
+        return result
+
+    def _apply(self, plan: pb.StepPlan, cols: PlanColumns, result: pb.StepResult) -> None:
+        """Everything of a plan before its rows: retire, kv_ops, admit, new blocks."""
+        table = self.table
+        if len(cols.retired_slots):
+            for slot in cols.retired_slots.tolist():
+                self._end_span(slot)
+                self._first_own_block.pop(slot, None)
+            table.retire(cols.retired_slots)
+        for op in plan.kv_ops:
+            self._kv_op(op, plan.seq)
+            result.kv_ops_done.append(op.op_id)
+        if plan.adapter_ops:
+            raise PlanError("adapter_ops: this worker has no adapters.")
+        for admit in plan.admit:
+            error = table.admit(admit)
+            slot = admit.slot
+            shared = admit.num_computed_tokens // self.limits.block_size
+            self._first_own_block[slot] = shared
+            # Blocks that this request will write belong to it: their old content is gone.
+            self.block_is_named[table.block_rows[slot, shared : table.num_blocks[slot]]] = False
+            if error is not None:
+                add_row_error(result, slot, error)
+            if self.tracer is not None and admit.trace.traceparent:
+                context = (admit.trace.traceparent, admit.trace.tracestate)
+                attributes: dict[str, Value] = {
+                    "quire.request_id": admit.request_id,
+                    "quire.slot": slot,
+                }
+                self._spans[slot] = self.tracer.span(
+                    "worker request", context, attributes=attributes
+                )
+        table.append_blocks(cols.new_block_rows, cols.new_block_ids)
+        self.block_is_named[cols.new_block_ids] = False
+
+    def _kv_op(self, op: pb.KvOp, seq: int) -> None:
+        if op.fence_seq >= seq:
+            raise PlanError(f"kv_ops: the fence {op.fence_seq} of op {op.op_id} is not reached.")
+        if op.kind != pb.KV_OP_KIND_ZERO:
+            raise PlanError(f"kv_ops: this worker can't do {pb.KvOpKind.Name(op.kind)}.")
+        blocks = columns.ids(op.dst_block_ids, self.limits.num_blocks, "kv_ops.dst_block_ids")
+        self.block_is_named[blocks] = False
+        self.kv_cache.pool[torch.from_numpy(blocks.astype(np.int64)).to(self.device)] = 0
+
+    def _commit(
+        self,
+        cols: PlanColumns,
+        slots: np.ndarray,
+        num_tokens: np.ndarray,
+        sampling: np.ndarray,
+        drawn: sampler.Sampled | None,
+        result: pb.StepResult,
+    ) -> None:
+        """Count the step in the table and write its output columns."""
+        table = self.table
+        tokens = np.zeros(0, np.int32) if drawn is None else drawn.tokens
+        good = np.ones(len(sampling), bool)
+        if drawn is not None and drawn.errors:
+            good[list(drawn.errors)] = False
+        table.commit(slots, num_tokens, sampling[good], tokens[good])
+        self.block_names[cols.named_block_ids] = cols.block_names
+        self.block_is_named[cols.named_block_ids] = True
+        if len(slots) < len(cols.slots):
+            self._unname_skipped(cols.slots[table.finished[cols.slots]])
+        if drawn is not None:
+            for row, error in drawn.errors.items():
+                self._fail_row(int(sampling[row]), error, result)
+        asked = cols.slots[(cols.flags & pb.ROW_FLAG_SAMPLE) != 0]
+        fill_outputs(result, asked, table.finished[asked], sampling, good, drawn)
+
+    def _fail_row(self, slot: int, error: QuireError, result: pb.StepResult) -> None:
+        """The row alone failed. What it wrote is suspect, so its own blocks lose their names."""
+        table = self.table
+        table.fail(slot)
+        own = table.block_rows[slot, self._first_own_block[slot] : table.num_blocks[slot]]
+        self.block_is_named[own] = False
+        add_row_error(result, slot, error)
+        log.warning(
+            "slot %d failed alone: %s", slot, error.message,
+            extra={"request_id": table.request_id.get(slot, "")},
+        )  # fmt: skip
+
+    def _unname_skipped(self, slots: np.ndarray) -> None:
+        """Blocks that a skipped row would have filled hold no content to be named after."""
+        table = self.table
+        for slot in slots.tolist():
+            filled = table.num_computed_tokens[slot] // self.limits.block_size
+            self.block_is_named[table.block_rows[slot, filled : table.num_blocks[slot]]] = False
+
+    def _count(
+        self, stats: StepStats, slots: np.ndarray, num_tokens: np.ndarray, sampling: np.ndarray
+    ) -> None:
+        total, rows = int(num_tokens.sum()), len(slots)
+        stats.num_rows = rows
+        stats.num_sampled = len(sampling)
+        stats.decode_tokens = rows if total == rows else int((num_tokens == 1).sum())
+        stats.prefill_tokens = total - stats.decode_tokens
+
+    def _end_span(self, slot: int, error: str = "") -> None:
+        span = self._spans.pop(slot, None)
+        if span is not None:
+            outputs = self.table.num_tokens[slot] - self.table.prompt_len[slot]
+            span.set(quire__prompt_tokens=int(self.table.prompt_len[slot]),
+                     quire__output_tokens=int(outputs))  # fmt: skip
+            span.end(error)
