@@ -31,9 +31,7 @@ class Sample:
     num_tokens: int  # by the server's usage
 
 
-async def one_request(
-    session: aiohttp.ClientSession, url: str, body: dict[str, object]
-) -> Sample:
+async def one_request(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> Sample:
     start = time.perf_counter()
     arrivals: list[float] = []
     usage = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from flow.processes import QUIRE, Process, addresses, clean_environ, get, post
 
 

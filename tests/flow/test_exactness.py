@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes.checkpoints import make_checkpoint
 
+from fakes.checkpoints import make_checkpoint
 from quire import LLM, EngineConfig, LLMEngine, SamplingParams
 
 NUM_TOKENS = 200

@@ -7,6 +7,7 @@ import signal
 
 import openai
 import pytest
+
 from flow.conftest import Server
 from flow.processes import children
 

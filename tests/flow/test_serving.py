@@ -9,11 +9,11 @@ import socket
 import grpc
 import openai
 import pytest
-from flow.conftest import Server
-from flow.processes import until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from flow.conftest import Server
+from flow.processes import until
 from quire.v1 import common_pb2, engine_pb2, engine_pb2_grpc
 
 

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from flow.conftest import Server
-from flow.processes import QUIRE, Process, addresses, clean_environ, free_ports, post
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
+
+from flow.conftest import Server
+from flow.processes import QUIRE, Process, addresses, clean_environ, free_ports, post
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 

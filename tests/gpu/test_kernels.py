@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from quire_kernels import act, attention, dispatch, kv_write, norm, sampling
 from unit.kernels.kernel_cases import TOLERANCE, paged_batch, rope_case
 

@@ -9,6 +9,7 @@ import time
 
 import openai
 import pytest
+
 from flow.conftest import Server
 from flow.processes import descendants, until
 from flow.test_serving import load

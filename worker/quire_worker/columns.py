@@ -12,7 +12,7 @@ import numpy as np
 from quire.v1 import step_pb2 as pb
 from quire.wire import NAME_BYTES
 
-KNOWN_FLAGS = pb.ROW_FLAG_SAMPLE | pb.ROW_FLAG_LOGPROBS
+KNOWN_FLAGS = pb.ROW_FLAG_SAMPLE | pb.ROW_FLAG_LOGPROBS | pb.ROW_FLAG_POOL
 
 
 class PlanError(ValueError):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from quire.errors import QuireError
 from quire.telemetry import Span, Tracer, Value
@@ -162,19 +163,23 @@ class Runner:
             raise PlanError(f"slots: nobody is in slot {free}.")
         rows = np.flatnonzero(~table.finished[cols.slots])
         slots, num_tokens, flags = cols.slots[rows], cols.num_tokens[rows], cols.flags[rows]
-        samples = (flags & pb.ROW_FLAG_SAMPLE) != 0
-        samples &= ~table.muted[slots]
+        wanted = ((flags & pb.ROW_FLAG_SAMPLE) != 0) & ~table.muted[slots]
+        pools = wanted & ((flags & pb.ROW_FLAG_POOL) != 0)
+        samples = wanted & ~pools
         sampling = slots[samples]
-        drawn = None
+        drawn = vectors = None
         clock = Clock(self.device, begin)
         if len(slots):
-            inputs = batch.build(table, slots, num_tokens, samples)
+            inputs = batch.build(table, slots, num_tokens, wanted)
             attn = batch.attention_metadata(table, inputs)
             clock.mark()
             hidden = self.model.forward(inputs.input_ids, inputs.positions, attn, self.kv_cache)
+            if inputs.num_tokens != int(wanted.sum()):
+                hidden = hidden[inputs.logits_indices]
+            if pools.any():
+                vectors = _unit(hidden[pools[wanted]])
+                hidden = hidden[samples[wanted]]
             if len(sampling):
-                if inputs.num_tokens != len(sampling):
-                    hidden = hidden[inputs.logits_indices]
                 logits = self.model.compute_logits(hidden)
                 clock.mark()
                 wants_logprobs = (flags[samples] & pb.ROW_FLAG_LOGPROBS) != 0
@@ -182,6 +187,8 @@ class Runner:
         stats.prepare, stats.forward, stats.sample = clock.split()
         # Nothing below this line waits for the device or can fail half-way.
         self._commit(cols, slots, num_tokens, sampling, drawn, result)
+        if vectors is not None:
+            self._pool(slots[pools], vectors, result)
         self._count(stats, slots, num_tokens, sampling)
         fill_timings(result, stats)
         result.device_memory_bytes = self.memory_bytes
@@ -256,6 +263,14 @@ class Runner:
         asked = cols.slots[(cols.flags & pb.ROW_FLAG_SAMPLE) != 0]
         fill_outputs(result, asked, table.finished[asked], sampling, good, drawn)
 
+    def _pool(self, slots: np.ndarray, vectors: np.ndarray, result: pb.StepResult) -> None:
+        """The vectors [num_pooled, hidden_size] of these slots; one that is no number fails."""
+        good = np.isfinite(vectors).all(axis=1)
+        for slot in slots[~good].tolist():
+            error = QuireError("numeric_error", "the model's hidden state is not finite.")
+            self._fail_row(slot, error, result)
+        result.pooled = vectors[good].tobytes()
+
     def _fail_row(self, slot: int, error: QuireError, result: pb.StepResult) -> None:
         """The row alone failed. What it wrote is suspect, so its own blocks lose their names."""
         table = self.table
@@ -291,3 +306,8 @@ class Runner:
             span.set(quire__prompt_tokens=int(self.table.prompt_len[slot]),
                      quire__output_tokens=int(outputs))  # fmt: skip
             span.end(error)
+
+
+def _unit(hidden: torch.Tensor) -> np.ndarray:
+    """Last-token pooling: f32 [n, hidden_size], each row of length 1, on the host."""
+    return F.normalize(hidden.float(), dim=-1).cpu().numpy()

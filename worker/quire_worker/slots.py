@@ -131,8 +131,6 @@ class SlotTable:
     def _set_sampling(
         self, slot: int, admit: pb.Admit, prompt: np.ndarray, output: np.ndarray
     ) -> None:
-        if admit.kind == common.REQUEST_KIND_POOL:
-            raise QuireError("unsupported", "this model's worker makes no embeddings.")
         if admit.adapter:
             raise QuireError("unsupported", f"adapter {admit.adapter!r} is not loaded.")
         if admit.HasField("grammar") and admit.grammar.kind:

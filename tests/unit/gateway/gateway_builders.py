@@ -13,14 +13,14 @@ from typing import Any
 import aiohttp
 import tokenizers
 from aiohttp import web
+from tokenizers import decoders, models, pre_tokenizers
+
 from fakes.engine_server import FakeEngine
+from quire.config import EngineConfig
 from quire_gateway import text
 from quire_gateway.app import RUNNER_OPTIONS, build
 from quire_gateway.state import Gateway
 from quire_gateway.text.tokenizer import _BYTE_OF
-from tokenizers import decoders, models, pre_tokenizers
-
-from quire.config import EngineConfig
 
 END, IM_START, IM_END = 256, 257, 258
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,9 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from fakes.engine_server import LENGTH, FakeEngine, Reply
 from gateway_builders import IM_END, served
 
+from fakes.engine_server import LENGTH, FakeEngine, Reply
 from quire.v1 import common_pb2
 from quire.wire import unpack_i32
 

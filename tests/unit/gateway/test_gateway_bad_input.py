@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.engine_server import FakeEngine
 from gateway_builders import served
+
+from fakes.engine_server import FakeEngine
 
 CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "fake", "prompt": "hi"}

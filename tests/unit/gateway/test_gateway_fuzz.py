@@ -7,12 +7,12 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quire.errors import InvalidRequest
 from quire_gateway.openai.ask import Ask, Limits
 from quire_gateway.openai.body import parse_json
 from quire_gateway.openai.chat import read_chat
 from quire_gateway.openai.completions import read_completion
-
-from quire.errors import InvalidRequest
 
 LIMITS = Limits(("fake",), 300, 512, 128, {})
 FIELDS = (

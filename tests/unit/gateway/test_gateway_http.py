@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.engine_server import FakeEngine, Reply
 from gateway_builders import served, until
 
+from fakes.engine_server import FakeEngine, Reply
 from quire.version import __version__
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}

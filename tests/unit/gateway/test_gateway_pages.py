@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
+
 from quire_gateway.metrics import Metrics
 from quire_gateway.pages import merge
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from fakes.engine_server import FakeEngine, Reply
 from gateway_builders import until, write_model
+
+from fakes.engine_server import FakeEngine, Reply
 
 START = """
 import json, sys

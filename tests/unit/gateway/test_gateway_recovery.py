@@ -10,9 +10,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from fakes.engine_server import ERROR, STOP, FakeEngine, Reply, Row
 from gateway_builders import IM_END, served, until
 
+from fakes.engine_server import ERROR, STOP, FakeEngine, Reply, Row
 from quire.v1 import common_pb2
 from quire.wire import unpack_i32
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from gateway_builders import CHATML, byte_backend
+
+from quire.errors import InvalidRequest, ModelError
 from quire_gateway.text import sandbox as module
 from quire_gateway.text.template import ChatTemplate
 from quire_gateway.text.tokenizer import Tokenizer
-
-from quire.errors import InvalidRequest, ModelError
 
 DOUBLING = "{%% set n = namespace(x='aaaa') %%}{%% for i in range(60) %%}%s{%% endfor %%}"
 HI = [{"role": "user", "content": "hi"}]

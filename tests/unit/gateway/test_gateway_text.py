@@ -10,14 +10,14 @@ import tokenizers
 from gateway_builders import IM_END, byte_backend, sentencepiece_backend, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quire.errors import ModelError
+from quire.sampling import SamplingParams
 from quire_gateway.text.detokenizer import detokenizer
 from quire_gateway.text.generation import GenerationDefaults
 from quire_gateway.text.stop import StopMatcher
 from quire_gateway.text.stream import TextStream
 from quire_gateway.text.tokenizer import Tokenizer
-
-from quire.errors import ModelError
-from quire.sampling import SamplingParams
 
 BYTES = Tokenizer(byte_backend(), {})
 PIECES = Tokenizer(sentencepiece_backend(), {})

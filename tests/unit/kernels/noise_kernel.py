@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from quire_kernels.gpu.sampling import _bits_to_gumbel
 
 

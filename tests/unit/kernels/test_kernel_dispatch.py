@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from quire_kernels import dispatch
 from unit.kernels.kernel_cases import paged_batch, rope_case
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from quire_kernels import kv_write
 from unit.kernels.kernel_cases import TOLERANCE, rope_case
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from quire_kernels import attention
 from quire_kernels.gpu.tiles import choose_tiles
 from unit.kernels.kernel_cases import TOLERANCE, PagedBatch, paged_batch

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from quire_kernels import sampling
 
 # Random123, tests/kat_vectors: philox4x32 10 rounds: counter, key, result.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quire_kernels import act, norm
 from unit.kernels.kernel_cases import TOLERANCE
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from quire_kernels import attention as reference
 from quire_kernels.cpu.attention import paged_attention
 from quire_kernels.cpu.plan import StepPlan, Tiling

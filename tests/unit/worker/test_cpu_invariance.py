@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quire_kernels.cpu import invariance
 from quire_kernels.cpu.linear import CpuLinear, make_linear
 from quire_kernels.cpu.plan import Tiling, large_query_tokens, tile_tokens_for

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+
 from quire_kernels import act, kv_write, norm
 from quire_kernels.cpu import act as cpu_act
 from quire_kernels.cpu import kv_write as cpu_kv_write

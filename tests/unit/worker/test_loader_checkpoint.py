@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes.checkpoints import make_checkpoint
-from quire_worker.loader import load_model, model_digest
-from quire_worker.models.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file
 
+from fakes.checkpoints import make_checkpoint
 from quire.errors import ModelError
+from quire_worker.loader import load_model, model_digest
+from quire_worker.models.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 

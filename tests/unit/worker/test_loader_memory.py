@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from quire_worker import backends
-from quire_worker.kv_cache import KVCache, KVCacheSpec, plan_num_blocks
 
 from quire.errors import ConfigError, ResourceError
+from quire_worker import backends
+from quire_worker.kv_cache import KVCache, KVCacheSpec, plan_num_blocks
 
 CPU = torch.device("cpu")
 SPEC = KVCacheSpec(num_layers=4, num_kv_heads=2, head_dim=32, block_size=16, dtype=torch.float32)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.checkpoints import ARCHITECTURES, EOS_TOKEN_ID, IM_END_TOKEN_ID, make_checkpoint
-from quire_worker.models.config import DecoderConfig, parse_config, read_config
 
+from fakes.checkpoints import ARCHITECTURES, EOS_TOKEN_ID, IM_END_TOKEN_ID, make_checkpoint
 from quire.errors import ModelError
+from quire_worker.models.config import DecoderConfig, parse_config, read_config
 
 
 def values(arch: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:

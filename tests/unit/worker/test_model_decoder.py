@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fakes.checkpoints import ARCHITECTURES, make_checkpoint
 from quire_worker.kv_cache import KVCache, KVCacheSpec
 from quire_worker.layers.metadata import AttentionMetadata

@@ -216,7 +216,6 @@ def test_nan_logits_fail_their_row_alone():
     ("fields", "name"),
     [
         ({"adapter": "pirate"}, "unsupported"),
-        ({"kind": common_pb2.REQUEST_KIND_POOL}, "unsupported"),
         ({"grammar": common_pb2.Grammar(kind=1, text="{}")}, "unsupported"),
         ({"params": SamplingParams(temperature=-1)}, "invalid_request"),
         ({"params": SamplingParams(temperature=float("nan"))}, "invalid_request"),

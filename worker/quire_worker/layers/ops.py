@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quire_kernels import dispatch
 
+from quire_kernels import dispatch
 from quire_worker.layers.metadata import AttentionMetadata
 
 
