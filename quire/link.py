@@ -1,6 +1,6 @@
 """Link: how encoded step frames travel between a scheduler and its workers.
 
-Two implementations: ZeroMQ (quire_scheduler.workers, quire_worker.daemon) between
+Two implementations: ZeroMQ (quire_scheduler.zmq_link, quire_worker.zmq_link) between
 processes, and the queues here between two threads of one process. A link knows bytes
 and peers; what a frame says is the ends' business.
 """

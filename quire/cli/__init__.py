@@ -20,6 +20,8 @@ from quire.version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # gRPC's own log lines speak of its insides; what matters is logged by us
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if "QUIRE_SUPERVISED" in os.environ:
         from quire.cli.child import end_with_parent
 

@@ -1,7 +1,7 @@
-"""Three measured points of the step-cost table, in well under a second for a small model.
+"""What is measured before the first plan: the team's size, three points of the step-cost table.
 
-Knows a runner's model and memory, not what the scheduler does with the figures. Runs before
-the first plan: it writes into the KV pool's first blocks, which nobody owns yet.
+Well under a second for a small model. Knows a runner's model and memory, not what the scheduler
+does with the figures. It writes into the KV pool's first blocks, which nobody owns yet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def measure(runner: Runner) -> list[pb.StepCost]:
     """
     limits = runner.limits
     room = min(limits.num_blocks * limits.block_size, limits.max_model_len)
-    _step(runner, 1, min(room, 2))  # first calls build kernels and allocate
+    first = _step(runner, 1, min(room, 2))  # first calls build kernels and allocate
+    if runner.device.type == "cpu" and first < SLOW_S:
+        runner.team.calibrate(lambda size: _step(runner, size, size), room)
     points = [_point(runner, 1, 1)]
     single = points[0].micros / 1e6
     if single > SLOW_S:
@@ -68,6 +70,7 @@ def _step(runner: Runner, num_tokens: int, context: int) -> float:
         )
     )
     begin = time.perf_counter()
+    runner.team.gather(num_tokens)
     inputs = batch.build(
         table, np.zeros(1, np.int32), np.array([num_tokens], np.int32), np.ones(1, bool)
     )

@@ -104,14 +104,14 @@ def plan_num_blocks(
     auto the caller shortens the context to what the pool holds.
     """
     blocks_per_sequence = math.ceil(max_model_len / spec.block_size)
-    usable = blocks_per_sequence * max_num_seqs
+    usable = 1 + blocks_per_sequence * max_num_seqs  # block 0 belongs to nobody
     if num_gpu_blocks_override:
         num_blocks = num_gpu_blocks_override
         room, flag = num_blocks * spec.block_bytes, "--num-gpu-blocks-override"
     else:
         room, flag = _room(device, kv_cache_memory_bytes, gpu_memory_utilization)
         num_blocks = min(room // spec.block_bytes, usable)
-    wanted = 1 if max_model_len_is_auto else blocks_per_sequence
+    wanted = 2 if max_model_len_is_auto else 1 + blocks_per_sequence
     if num_blocks < wanted:
         raise ResourceError(_too_small(spec, num_blocks, wanted, room, flag, max_model_len))
     return num_blocks
@@ -134,8 +134,8 @@ def _too_small(
     spec: KVCacheSpec, num_blocks: int, wanted: int, room: int, flag: str, max_model_len: int
 ) -> str:
     need = wanted * spec.block_bytes
-    longest = num_blocks * spec.block_size
-    tokens = max_model_len if wanted > 1 else spec.block_size
+    longest = max(num_blocks - 1, 0) * spec.block_size
+    tokens = max_model_len if wanted > 2 else spec.block_size
     value = wanted if flag == "--num-gpu-blocks-override" else f"{need} bytes"
     if flag == "--gpu-memory-utilization":
         remedy = f"raise {flag}, free memory on the device"
@@ -143,9 +143,9 @@ def _too_small(
         remedy = f"raise {flag} to at least {value}"
     shorter = f", or lower --max-model-len to at most {longest}" if longest else ""
     return (
-        f"the KV cache of one sequence of {tokens} tokens needs {_size(need)} ({wanted} blocks), "
-        "but there is room for "
-        f"{_size(room)} ({num_blocks} blocks); {remedy}{shorter}"
+        f"the KV cache of one sequence of {tokens} tokens needs {_size(need)} ({wanted} blocks, "
+        f"one of them the null block), but there is room for {_size(room)} ({num_blocks} blocks); "
+        f"{remedy}{shorter}."
     )
 
 

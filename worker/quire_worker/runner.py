@@ -25,6 +25,7 @@ from quire_worker import batch, columns, sampler
 from quire_worker.columns import Limits, PlanColumns, PlanError
 from quire_worker.results import Clock, StepStats, add_row_error, fill_outputs, fill_timings
 from quire_worker.slots import SlotTable
+from quire_worker.team import Team
 
 log = logging.getLogger("quire.worker")
 
@@ -62,6 +63,7 @@ class Runner:
         self.worker_epoch = worker_epoch
         self.tracer = tracer
         self.table = SlotTable(limits, device, eos_token_ids)
+        self.team = Team(torch.get_num_threads())
         # Content names of device blocks; they outlive epochs.
         self.block_names = np.zeros((limits.num_blocks, 16), np.uint8)
         self.block_is_named = np.zeros(limits.num_blocks, bool)
@@ -170,6 +172,7 @@ class Runner:
         drawn = vectors = None
         clock = Clock(self.device, begin)
         if len(slots):
+            self.team.gather(int(num_tokens.sum()))
             inputs = batch.build(table, slots, num_tokens, wanted)
             attn = batch.attention_metadata(table, inputs)
             clock.mark()

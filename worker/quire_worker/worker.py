@@ -208,11 +208,12 @@ def _limits(
         num_gpu_blocks_override=config.num_gpu_blocks_override or None,
         max_model_len_is_auto=not config.max_model_len,
     )
-    room = num_blocks * config.block_size
+    room = (num_blocks - 1) * config.block_size  # block 0 belongs to nobody
     if room < max_model_len:
         log.warning("the KV pool holds %d tokens: the context is limited to that", room)
     return Limits(
-        max_slots=config.max_num_seqs,
+        # some to spare: a freed slot rests until the plans in flight have been answered
+        max_slots=config.max_num_seqs + max(4, config.max_num_seqs // 8),
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_model_len=min(max_model_len, room),

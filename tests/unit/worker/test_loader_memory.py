@@ -38,7 +38,7 @@ def test_a_block_is_one_contiguous_record_and_layers_are_views() -> None:
 
 def test_the_pool_is_no_larger_than_requests_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "free_memory_bytes", lambda: 1 << 40)
-    assert blocks() == 63 * 4
+    assert blocks() == 63 * 4 + 1
     assert blocks(max_num_seqs=1 << 20) == (4 << 30) // SPEC.block_bytes
     monkeypatch.setattr(backends, "free_memory_bytes", lambda: 100 * SPEC.block_bytes)
     assert blocks() == 40
@@ -52,15 +52,15 @@ def test_explicit_bytes_and_blocks_win() -> None:
 def test_too_little_memory_says_what_is_needed_and_what_would_fit() -> None:
     with pytest.raises(ResourceError) as caught:
         blocks(kv_cache_memory_bytes=10 * SPEC.block_bytes, max_model_len_is_auto=False)
-    needed = 63 * SPEC.block_bytes
-    for word in ("1000 tokens", "63 blocks", "10 blocks", f"{needed} bytes",
-                 "--kv-cache-memory-bytes", "--max-model-len to at most 160"):  # fmt: skip
+    needed = 64 * SPEC.block_bytes
+    for word in ("1000 tokens", "64 blocks", "10 blocks", f"{needed} bytes",
+                 "--kv-cache-memory-bytes", "--max-model-len to at most 144"):  # fmt: skip
         assert word in str(caught.value)
     assert blocks(kv_cache_memory_bytes=10 * SPEC.block_bytes) == 10
     with pytest.raises(ResourceError, match="16 tokens"):
         blocks(kv_cache_memory_bytes=10)
-    with pytest.raises(ResourceError, match="--num-gpu-blocks-override to at least 63"):
-        blocks(num_gpu_blocks_override=62, max_model_len_is_auto=False)
+    with pytest.raises(ResourceError, match="--num-gpu-blocks-override to at least 64"):
+        blocks(num_gpu_blocks_override=63, max_model_len_is_auto=False)
 
 
 def test_devices_are_resolved_or_refused_by_name() -> None:
