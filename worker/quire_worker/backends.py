@@ -111,7 +111,7 @@ def prepare_threads(num_threads: int = 0) -> int:
     os.environ["OMP_NUM_THREADS"] = str(count)
     os.environ.setdefault("MKL_NUM_THREADS", str(count))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # about 50 us
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some microseconds
     os.environ.setdefault("OMP_DYNAMIC", "false")
     os.environ.setdefault("MKL_DYNAMIC", "false")
     if "torch" in sys.modules:  # in-process use: too late for the environment, not for the number

@@ -13,6 +13,7 @@ import torch
 
 SIZES = (1, 8, 32, 128)  # tokens of the steps that are tried
 GAIN = 1.25  # how much faster a team must be to be worth the cores it takes
+LONG_S = 0.02  # a step this long is worth a team anyway
 
 
 class Team:
@@ -34,11 +35,15 @@ class Team:
             if size > largest:
                 break
             times: dict[int, list[float]] = {1: [], self.most: []}
+            self._set(self.most)
+            if step(size) > LONG_S:
+                break
             for _ in range(4):  # in turn, so that other load hits both; the first warms up
                 for threads, seconds in times.items():
                     self._set(threads)
                     seconds.append(step(size))
-            if min(times[1][1:]) > GAIN * min(times[self.most][1:]):
+            alone, together = min(times[1][1:]), min(times[self.most][1:])
+            if alone > LONG_S or alone > GAIN * together:
                 break
             self.serial_tokens = size
         self._set(self.most)
