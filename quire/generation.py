@@ -50,17 +50,14 @@ class TextEngine:
     """A model in this process with its tokenizer and chat template."""
 
     def __init__(self, config: EngineConfig) -> None:
-        from quire_gateway.text.generation import GenerationDefaults
-        from quire_gateway.text.template import ChatTemplate
-        from quire_gateway.text.tokenizer import Tokenizer
+        from quire_gateway import text
 
         folder = hub.resolve(config.model, config.revision or None)
         words = hub.resolve_tokenizer(config.tokenizer, folder)
-        self.tokenizer = Tokenizer.from_folder(words)
-        self.template = ChatTemplate.from_folder(words, self.tokenizer, config.chat_template)
-        defaults = GenerationDefaults.from_folder(folder, config.generation_config)
+        model = text.load(folder, words, config.chat_template, config.generation_config)
+        self.tokenizer, self.template = model.tokenizer, model.template
+        self.default_params = SamplingParams(**model.defaults.sampling)
         self.local = LocalEngine(config)
-        self.default_params = SamplingParams(**defaults.sampling)
         self.vocab_size = self.local.model.vocab_size
         self.max_model_len = self.local.model.max_model_len
 
