@@ -14,6 +14,7 @@ from quire.link import QueueLink
 from quire_gateway.metrics import Metrics as GatewayMetrics
 from quire_scheduler.engine import Engine
 from quire_scheduler.metrics import EngineCollector
+from quire_scheduler.throughput import Throughput
 from quire_worker.metrics import Metrics as WorkerMetrics
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -37,7 +38,9 @@ def metrics() -> str:
     engine = Engine(EngineConfig(), QueueLink())
     families = {
         "gateway": registered(GatewayMetrics().registry),
-        "scheduler": ((family, family) for family in EngineCollector(engine).collect()),
+        "scheduler": (
+            (family, family) for family in EngineCollector(engine, Throughput(engine)).collect()
+        ),
         "worker": registered(WorkerMetrics().registry),
     }
     parts = [HEAD]

@@ -24,6 +24,7 @@ from quire.telemetry import Tracer
 from quire_scheduler.engine import Engine
 from quire_scheduler.metrics import MetricsPage
 from quire_scheduler.server import Server
+from quire_scheduler.throughput import Throughput
 from quire_scheduler.zmq_link import ZmqLink
 
 log = logging.getLogger("quire.scheduler")
@@ -86,7 +87,8 @@ async def _serve(config: EngineConfig) -> int:
         loop.call_soon_threadsafe(stop.set)
 
     engine.on_crash = crashed
-    page = MetricsPage(engine)
+    throughput = Throughput(engine)
+    page = MetricsPage(engine, throughput)
     server = Server(engine, config, page)
     try:
         port = await server.start(config.engine_address)
@@ -97,9 +99,13 @@ async def _serve(config: EngineConfig) -> int:
             loop.add_signal_handler(name, stop.set)
         engine.start()
         log.info("listening on %s:%d (gRPC) and %s (workers)", host, port, link.endpoint)
-        warm = asyncio.create_task(_freeze_when_ready(engine), name="freeze")
+        tasks = [
+            asyncio.create_task(_freeze_when_ready(engine), name="freeze"),
+            asyncio.create_task(throughput.run(), name="throughput"),
+        ]
         await stop.wait()
-        warm.cancel()
+        for task in tasks:
+            task.cancel()
         if engine.crashed is None:
             await _drain(engine, config.drain_timeout, stop)
         await server.stop(GRACE_S)

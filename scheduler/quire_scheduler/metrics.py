@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from quire.errors import AddressInUse, ConfigError
 from quire_scheduler.counters import Counters, Histogram
 from quire_scheduler.engine import Engine
+from quire_scheduler.throughput import Throughput
 
 STATES = ("loading", "ready", "draining", "failed")
 
@@ -31,8 +32,9 @@ STATES = ("loading", "ready", "draining", "failed")
 class EngineCollector(Collector):
     """Families of one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, throughput: Throughput) -> None:
         self._engine = engine
+        self._throughput = throughput
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -62,6 +64,12 @@ class EngineCollector(Collector):
             ("quire_scheduler_memory_bytes", "Resident memory", resident_bytes()),
         ):
             yield GaugeMetricFamily(name, text, value)
+        speed = GaugeMetricFamily(
+            "quire_throughput_tokens_per_second", "Over the last ten seconds", labels=["kind"]
+        )
+        speed.add_metric(["prompt"], self._throughput.prompt)
+        speed.add_metric(["output"], self._throughput.output)
+        yield speed
         state = GaugeMetricFamily("quire_engine_state", "The state it is in is 1", labels=["state"])
         now = state_of(stats.ready, stats.draining, self._engine.crashed is not None)
         for name in STATES:
@@ -162,9 +170,9 @@ def resident_bytes() -> int:
 class MetricsPage:
     """`page()` renders it; `serve()` puts it on a port of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, throughput: Throughput) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(engine))
+        self._registry.register(EngineCollector(engine, throughput))
         self._server: ThreadingHTTPServer | None = None
 
     def page(self) -> bytes:

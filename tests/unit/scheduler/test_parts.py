@@ -19,6 +19,7 @@ from quire_scheduler import journal
 from quire_scheduler.cost import DEFAULT_TOKENS, MAX_AUTO_TOKENS, StepCostModel
 from quire_scheduler.metrics import MetricsPage
 from quire_scheduler.outputs import ERROR, Logprobs, Outputs, merge, one_row
+from quire_scheduler.throughput import Throughput
 from quire_scheduler.waiting import WaitingQueue
 
 
@@ -213,7 +214,7 @@ def page_of_a_run() -> MetricsPage:
         rig.submit([7 + i] * 20, max_tokens=60)
     rig.submit([])
     rig.run()
-    return MetricsPage(rig.engine)
+    return MetricsPage(rig.engine, Throughput(rig.engine))
 
 
 def test_the_metrics_page_says_what_happened():

@@ -25,6 +25,7 @@ from quire_scheduler.engine import Engine
 from quire_scheduler.metrics import MetricsPage
 from quire_scheduler.outputs import one_row
 from quire_scheduler.server import SERVICE, Server
+from quire_scheduler.throughput import Throughput
 
 CODE = grpc.StatusCode
 
@@ -50,7 +51,7 @@ async def serving(
     link = QueueLink()
     engine = Engine(settings, link)
     fake = FakeWorker(link.worker(), options or Options(num_blocks=512, max_slots=80))
-    server = Server(engine, settings, MetricsPage(engine))
+    server = Server(engine, settings, MetricsPage(engine, Throughput(engine)))
     port = await server.start("127.0.0.1:0")
     engine.start()
     if worker:
@@ -398,7 +399,9 @@ async def test_drain_refuses_newcomers_and_waits():
 async def test_a_taken_port_is_an_error():
     async with serving() as running:
         config = EngineConfig()
-        other = Server(running.engine, config, MetricsPage(running.engine))
+        other = Server(
+            running.engine, config, MetricsPage(running.engine, Throughput(running.engine))
+        )
         with pytest.raises(AddressInUse, match="--engine-address"):
             await other.start(f"127.0.0.1:{running.port}")
         await other.stop(0)
