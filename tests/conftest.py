@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before torch is imported: several test processes share the cores, and OpenMP teams that spin
+# while one of their threads is preempted stall each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its lines about lost peers are no failures
 
 OFF_BY_DEFAULT = ("model", "soak")
 

@@ -12,6 +12,7 @@ import torch
 from fakes.checkpoints import make_checkpoint
 from quire import LLM, EngineConfig, LLMEngine, SamplingParams
 
+pytestmark = pytest.mark.timeout(600)
 NUM_TOKENS = 200
 LENGTHS = (1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 70, 90)
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")

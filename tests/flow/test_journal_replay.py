@@ -32,7 +32,8 @@ def test_plans_of_a_journal_bring_the_same_results(tmp_path: Path) -> None:
             if message.HasField("result"):
                 recorded.append(message.result)
     assert len(recorded) > 20
-    for ours, theirs in zip(replayed, recorded, strict=True):
+    assert 0 <= len(replayed) - len(recorded) <= 2  # plans in flight when the engine stopped
+    for ours, theirs in zip(replayed, recorded, strict=False):
         for result in (ours, theirs):  # what may differ: who ran it, and how fast
             for name in ("timings", "worker_epoch", "device_memory_bytes"):
                 result.ClearField(name)  # type: ignore[arg-type]
