@@ -46,7 +46,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ModelError(
             f"no model at {model!r}: not a folder, not an embedded model "
-            f"({', '.join(EMBEDDED)}), not a hub id (owner/name).{hint}"
+            f"({', '.join(EMBEDDED)}), not a hub id (owner/name).{hint} Check the path."
         )
     return _from_hub(model, revision)
 

@@ -83,7 +83,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {str(error)[:120]}.") from None
+        raise ModelError(
+            f"{path} is not valid JSON: {str(error)[:120]}. Fetch the file again."
+        ) from None
     if not isinstance(found, dict):
         raise ModelError(f"{path} must hold a JSON object, not a {type(found).__name__}.")
     return found
@@ -113,14 +115,18 @@ def _tensors(path: Path) -> list[tuple[str, int]]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(MAX_HEADER, size - 8):
-                raise ModelError(f"{path} is damaged or cut off: its header does not fit the file.")
+                raise ModelError(
+                    f"{path} is damaged or cut off: its header is too long. Fetch it again."
+                )
             header = json.loads(file.read(length))
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}.") from None
     except (ValueError, RecursionError):
-        raise ModelError(f"{path} is damaged: its header is not valid JSON.") from None
+        raise ModelError(
+            f"{path} is damaged: its header is not valid JSON. Fetch it again."
+        ) from None
     if not isinstance(header, dict):
-        raise ModelError(f"{path} is damaged: its header is not a JSON object.")
+        raise ModelError(f"{path} is damaged: its header is not a JSON object. Fetch it again.")
     found = []
     for name, tensor in header.items():
         if name == "__metadata__":

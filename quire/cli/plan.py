@@ -177,7 +177,8 @@ def _known(found: Checkpoint) -> None:
     if not known & set(found.architectures):
         raise ModelError(
             f"{found.folder / 'config.json'}: unknown architecture "
-            f"{', '.join(found.architectures)[:200]}; supported: {', '.join(sorted(known))}."
+            f"{', '.join(found.architectures)[:200]}; supported: {', '.join(sorted(known))}. "
+            "Serve one of these, or install a package that adds it."
         )
 
 

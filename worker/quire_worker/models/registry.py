@@ -43,4 +43,7 @@ def describe_function(names: list[str], where: str) -> Describe:
         if name in plugins:
             return plugins[name].load()
     known = ", ".join(sorted({*ARCHITECTURES, *plugins}))
-    raise ModelError(f"{where}: unknown architecture {', '.join(names)}; supported: {known}")
+    raise ModelError(
+        f"{where}: unknown architecture {', '.join(names)}; supported: {known}. "
+        "Serve one of these, or install a package that adds it."
+    )
