@@ -1,14 +1,14 @@
 """Writes a trained checkpoint as a Hugging Face model folder in bfloat16."""
+
 import argparse
 import json
 import shutil
 from pathlib import Path
 
 import torch
+from corpus import END, STOP
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-
-from corpus import END, STOP
 from train import MODELS, SIZES
 
 # ChatML. A message's content is a string or a list of {"type": "text", "text": ...} parts.
@@ -40,25 +40,52 @@ def export(checkpoint, size, out):
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     end, stop = tokenizer.token_to_id(END), tokenizer.token_to_id(STOP)
     # The output projection is tied to the embedding, so it is not written.
-    tensors = {"model." + name: tensor.to(torch.bfloat16).contiguous()
-               for name, tensor in load_file(checkpoint).items()}
+    tensors = {
+        "model." + name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in load_file(checkpoint).items()
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
     def write(name, value):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
 
-    write("config.json", {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16",
-        "vocab_size": tokenizer.get_vocab_size(), **SIZES[size], "head_dim": 64,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
-        "max_position_embeddings": 2048, "attention_bias": False, "attention_dropout": 0.0,
-        "use_sliding_window": False, "sliding_window": None, "tie_word_embeddings": True,
-        "initializer_range": 0.02, "use_cache": True, "bos_token_id": None, "eos_token_id": stop,
-        "pad_token_id": end})
-    write("generation_config.json", {
-        "do_sample": True, "temperature": 0.4, "top_p": 0.95, "eos_token_id": [stop, end],
-        "pad_token_id": end})
+    write(
+        "config.json",
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "torch_dtype": "bfloat16",
+            "vocab_size": tokenizer.get_vocab_size(),
+            **SIZES[size],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "bos_token_id": None,
+            "eos_token_id": stop,
+            "pad_token_id": end,
+        },
+    )
+    write(
+        "generation_config.json",
+        {
+            "do_sample": True,
+            "temperature": 0.4,
+            "top_p": 0.95,
+            "eos_token_id": [stop, end],
+            "pad_token_id": end,
+        },
+    )
     print(f"{sum(t.numel() for t in tensors.values()):,} parameters in {out}")
 
 
