@@ -12,9 +12,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
+import uvloop
 from aiohttp import web
 
 from quire import hub
@@ -41,23 +42,13 @@ def run(config: EngineConfig) -> int:
     logs.setup("gateway", config.log_level, config.log_format)
     try:
         sock = listen(config.host, config.port)
-        return _runner()(_serve(config, sock))
+        return uvloop.run(_serve(config, sock))
     except StartupError as error:
         log.debug("can't start", exc_info=True)
         sys.stderr.write(f"{error}\n")
         return error.kind.exit_status
     except KeyboardInterrupt:
         return 130
-
-
-def _runner() -> Callable[[Coroutine[Any, Any, int]], int]:
-    """uvloop where it is installed: 20-30 % less CPU per streamed chunk."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run
-    runner: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
-    return runner
 
 
 def load_text(config: EngineConfig) -> TextModel:
