@@ -101,7 +101,7 @@ def test_a_request_has_the_same_bits_alone_chunked_cached_and_in_a_batch(worker,
 def test_hello_says_what_this_worker_is(worker):
     hello = worker.hello()
     assert (hello.model, hello.vocab_size, hello.max_model_len) == ("tiny", 512, 256)
-    assert (hello.max_slots, hello.tiers[0].num_blocks, hello.block_size) == (16, 200, 16)
+    assert (hello.max_slots, hello.tiers[0].num_blocks, hello.block_size) == (20, 200, 16)
     assert hello.device == "cpu" and hello.dtype in ("float32", "bfloat16")
     assert len(hello.model_digest) == 32 and hello.worker_epoch
     assert [c.num_tokens for c in hello.step_costs][0] == 1 and hello.step_costs[0].micros > 0
@@ -162,7 +162,7 @@ def test_a_worker_serves_from_a_thread_over_queues(folder):
     ("fields", "error", "words"),
     [
         ({"max_model_len": 5000}, ConfigError, "context of 1024"),
-        ({"max_model_len": 1024, "num_gpu_blocks_override": 10}, ResourceError, "64 blocks"),
+        ({"max_model_len": 1024, "num_gpu_blocks_override": 10}, ResourceError, "65 blocks"),
         ({"model": "/nowhere"}, ModelError, "/nowhere"),
         ({"device": "tpu"}, ConfigError, "tpu"),
     ],
@@ -174,7 +174,7 @@ def test_a_worker_that_cannot_start_says_why(folder, fields, error, words):
 
 def test_an_automatic_context_shrinks_to_the_pool(folder):
     worker = Worker(config_for(folder, max_model_len=0, num_gpu_blocks_override=10))
-    assert worker.limits.max_model_len == 160
+    assert worker.limits.max_model_len == 144
 
 
 # -- as a process -----------------------------------------------------------------------------
