@@ -52,8 +52,8 @@ async def one_request(session: aiohttp.ClientSession, url: str, body: dict[str, 
     return Sample(arrivals[0] - start, gaps, arrivals[-1] - start, usage)
 
 
-async def level(args: argparse.Namespace, clients: int, rounds: int) -> dict[str, float]:
-    rng = random.Random(clients)
+async def level(args: argparse.Namespace, clients: int, rounds: int, seed: str) -> dict[str, float]:
+    rng = random.Random(seed)  # one of its own, so that no prompt is met twice
     timeout = aiohttp.ClientTimeout(total=args.timeout)
     connector = aiohttp.TCPConnector(limit=0)
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
@@ -97,8 +97,8 @@ async def level(args: argparse.Namespace, clients: int, rounds: int) -> dict[str
 async def run(args: argparse.Namespace) -> list[dict[str, float]]:
     rows = []
     for clients in args.clients:
-        await level(args, clients, 1)  # warm-up, not counted
-        rows.append(await level(args, clients, args.rounds))
+        await level(args, clients, 1, f"warm-up {clients}")  # not counted
+        rows.append(await level(args, clients, args.rounds, f"{clients}"))
         print("  ".join(f"{k} {v:.1f}" for k, v in rows[-1].items()), flush=True)
     return rows
 
