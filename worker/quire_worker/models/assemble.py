@@ -85,6 +85,10 @@ def assemble(
     take = Taker(checkpoint, device, dtype, progress)
     hidden = config.hidden_size
     embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
+    if device.type == "cpu":
+        # Copied, like the norms: one view of the mapped file would keep all its pages, and the
+        # linears have copies of their own.
+        embedding = embedding.clone()
     layers = [_layer(config, take, i) for i in range(config.num_layers)]
     final_norm = take("model.norm.weight", hidden).clone()
     if config.tie_word_embeddings:
