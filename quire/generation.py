@@ -1,7 +1,7 @@
 """TextEngine and Generation: text around a LocalEngine, one prompt with its n choices.
 
-What `LLM` and `LLMEngine` share. Knows neither threads nor event loops: events arrive
-through a callback, and whoever owns the generation applies them one by one.
+What `LLM` and `LLMEngine` share. Knows no event loop: a generation's events arrive through a
+callback, and whoever owns it applies them one by one.
 """
 
 from __future__ import annotations

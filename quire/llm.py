@@ -70,16 +70,13 @@ class LLM:
         params = _params(sampling_params, len(rows), self._text.default_params)
         runs = [Generation(self._text, p, s) for p, s in zip(rows, params, strict=True)]
         events: queue.SimpleQueue[tuple[Generation, int, Event]] = queue.SimpleQueue()
-        waiting = iter(runs)
-        unfinished = 0
-        window = 2 * self._text.local.config.max_num_seqs  # never meets the queue's bound
+        unfinished = len(runs)
         try:
-            for _ in range(window):
-                unfinished += _start_next(waiting, events)
+            for run in runs:
+                run.start(lambda *event: events.put(event))
             while unfinished:
                 run, index, event = events.get()
-                if run.apply(index, event):
-                    unfinished += _start_next(waiting, events) - 1
+                unfinished -= run.apply(index, event)
         except BaseException:
             for run in runs:
                 run.cancel()
@@ -135,15 +132,6 @@ class LLM:
         tb: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _start_next(
-    waiting: Iterable[Generation], events: queue.SimpleQueue[tuple[Generation, int, Event]]
-) -> int:
-    for run in waiting:
-        run.start(lambda *event: events.put(event))
-        return 1
-    return 0
 
 
 class LLMEngine:

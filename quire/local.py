@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quire import telemetry
@@ -38,6 +38,7 @@ class Event:
     embedding: list[float] | None  # [hidden_size], of a request that pools
 
 
+MAX_WAITING = 1 << 20
 Sink = Callable[[Event], None]
 
 
@@ -55,7 +56,8 @@ class LocalEngine:
         from quire_worker import daemon
         from quire_worker.worker import Worker
 
-        self.config = config
+        # Whoever calls holds the prompts already: a bound of the queue would only refuse its own.
+        config = replace(config, max_waiting=MAX_WAITING, max_requests=0)
         self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
         self._handles = itertools.count(1)

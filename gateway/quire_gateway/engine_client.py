@@ -119,12 +119,6 @@ class EngineClient:
             request.fail(error)
 
     # -- questions
-    async def get_model(self) -> engine_pb2.GetModelResponse | None:
-        """Ask now; None when the scheduler does not answer."""
-        answer: engine_pb2.GetModelResponse | None
-        answer = await self._ask(self._stub.GetModel, engine_pb2.GetModelRequest())
-        return answer
-
     async def get_load(self) -> engine_pb2.GetLoadResponse | None:
         """Ask now; None when the scheduler does not answer."""
         answer: engine_pb2.GetLoadResponse | None

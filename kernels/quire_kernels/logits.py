@@ -57,18 +57,6 @@ def process_logits(
     return mask_top_k_top_p_min_p(logits, top_k, top_p, min_p)
 
 
-def count_tokens(token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """token_ids int [n, length], padded with -1 -> int32 [n, vocab_size], how often each id occurs
-    in its row.
-    """
-    counts = torch.zeros(
-        token_ids.shape[0], vocab_size + 1, dtype=torch.int32, device=token_ids.device
-    )
-    places = torch.where(token_ids < 0, vocab_size, token_ids).long()
-    counts.scatter_add_(1, places, torch.ones_like(places, dtype=torch.int32))
-    return counts[:, :vocab_size]
-
-
 def apply_penalties(
     logits: torch.Tensor,
     output_counts: torch.Tensor,

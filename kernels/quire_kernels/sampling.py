@@ -82,15 +82,6 @@ def gumbel_noise(
     return bits_to_gumbel(bits)
 
 
-def gumbel_noise_at(
-    seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, *, stream: int = 0
-) -> torch.Tensor:
-    """seeds int64 [n], positions int [n], token_ids int [n, k] -> f32 [n, k], the noise of those
-    tokens only.
-    """
-    return _noise_at(seeds[:, None], positions[:, None], token_ids, stream)
-
-
 def sample(
     logits: torch.Tensor,
     seeds: torch.Tensor,
@@ -114,7 +105,7 @@ def sample(
     rows = (temperatures != 0).nonzero()[:, 0]
     if len(rows) == 0:
         return best
-    reached = best_logit + _noise_at(seeds, positions, best, stream)
+    reached = best_logit + gumbel_noise_at(seeds, positions, best, stream=stream)
     slack = MAX_NOISE + reached.abs() * 1e-6  # the second term covers rounding when logits are huge
     threshold = torch.where(temperatures != 0, reached - slack, float("inf"))
     possible = logits >= threshold[:, None]
@@ -127,7 +118,8 @@ def sample(
     if len(sparse) > 0:
         row, token = possible[sparse].nonzero(as_tuple=True)
         row = sparse[row]
-        score = logits[row, token] + _noise_at(seeds[row], positions[row], token, stream)
+        noise = gumbel_noise_at(seeds[row], positions[row], token, stream=stream)
+        score = logits[row, token] + noise
         drawn = _highest_score(drawn, row, token, score, logits.shape[1])
     return drawn
 
@@ -144,10 +136,12 @@ def _highest_score(
     return torch.where(lowest < vocab, lowest, drawn)
 
 
-def _noise_at(
-    seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, stream: int
+def gumbel_noise_at(
+    seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, *, stream: int = 0
 ) -> torch.Tensor:
-    """Noise elementwise; the three shapes broadcast."""
+    """f32 noise of single tokens, elementwise: seeds int64, positions and token ids int, of shapes
+    that broadcast.
+    """
     tokens = tokens.long()
     words = _philox(seeds, positions, tokens >> 2, stream)
     lane = tokens & 3

@@ -20,7 +20,6 @@ from quire_scheduler.outputs import Outputs, merge
 from quire_scheduler.request import Submission
 
 MAX_MERGED_TOKENS = 1 << 18  # in one message to a client that reads slowly
-INT32_MAX = (1 << 31) - 1
 
 
 class OutputStream:

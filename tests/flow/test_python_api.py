@@ -69,6 +69,14 @@ def test_bad_prompts_and_settings_are_named(llm: LLM) -> None:
     assert llm.generate("x", SamplingParams(max_tokens=1))[0].finished  # and it goes on
 
 
+def test_more_prompts_than_any_queue_would_hold_are_all_answered() -> None:
+    with LLM("demo", max_num_seqs=2, max_waiting=0, kv_cache_memory_bytes="16MiB") as llm:
+        outputs = llm.generate([[n] for n in range(40)], SamplingParams(n=2, max_tokens=2))
+        assert all(output.finished and len(output.outputs) == 2 for output in outputs)
+        assert len(llm.embed([[n] for n in range(40)])) == 40
+        llm.check()
+
+
 def test_embeddings_equal_transformers_last_hidden_state(tmp_path: Path) -> None:
     from transformers import AutoModel
 

@@ -124,9 +124,8 @@ def test_rows_with_everything_off_keep_their_bits() -> None:
 
 def test_penalties_by_hand() -> None:
     x = torch.tensor([[2.0, -2.0, 1.0, 4.0]]).expand(2, -1)
-    counts = L.count_tokens(torch.tensor([[0, 0, 1], [3, -1, -1]]), 4)
-    assert counts.tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
-    prompt = L.count_tokens(torch.tensor([[2], [-1]]), 4) > 0
+    counts = torch.tensor([[2, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.int32)
+    prompt = torch.tensor([[False, False, True, False], [False] * 4])
     got = L.apply_penalties(
         x,
         counts,

@@ -69,7 +69,9 @@ def test_noise_at_tokens_equals_noise_of_the_row() -> None:
     _, seeds, positions, _ = batch(3, 1)
     whole = sampling.gumbel_noise(seeds, positions, 1003)
     ids = torch.tensor([[0, 1, 2, 3, 1002]]).expand(3, -1)
-    assert torch.equal(sampling.gumbel_noise_at(seeds, positions, ids), whole.gather(1, ids))
+    assert torch.equal(
+        sampling.gumbel_noise_at(seeds[:, None], positions[:, None], ids), whole.gather(1, ids)
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 30.0, 1e7])

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from quire_kernels.kv_write import build_cos_sin_cache
 from quire_worker.models.config import RopeConfig
 
 
@@ -42,9 +43,7 @@ def attention_factor(rope: RopeConfig) -> float:
 
 def build_cos_sin(rope: RopeConfig, max_position: int, device: torch.device) -> torch.Tensor:
     """f32 [max_position, rotary_dim]: the cosines of each position's angles, then their sines."""
-    positions = torch.arange(max_position, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies(rope)[None, :]
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    table = build_cos_sin_cache(inverse_frequencies(rope), max_position)
     return table.mul_(attention_factor(rope)).to(device)
 
 
