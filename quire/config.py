@@ -165,7 +165,19 @@ class EngineConfig:
         "fcfs", "scheduler", "order of waiting requests", choices=("fcfs", "priority")
     )
     enable_chunked_prefill: bool = opt(True, "scheduler", "spread a long prompt over steps")
-    journal: str = opt("", "scheduler", "file that every plan and result is appended to")
+    itl_target_ms: float = opt(
+        0.0, "scheduler", "milliseconds between a stream's tokens that prompts may not exceed; "
+        "0 = no target", low=0, high=60_000, common=True,
+    )  # fmt: skip
+    journal: str = opt("", "scheduler", "folder that every plan and result is recorded in")
+    journal_privacy: str = opt(
+        "full", "scheduler", "prompts in the journal; only full can be replayed",
+        choices=("full", "hashed", "none"),
+    )  # fmt: skip
+    journal_max_bytes: int = opt(
+        1 << 30, "scheduler", "size of the journal; the oldest part goes first", kind="size",
+        low=1 << 20, high=1 << 46,
+    )  # fmt: skip
     step_address: str = opt(
         "127.0.0.1:5557", "scheduler", "ZeroMQ: scheduler listens, workers connect"
     )
@@ -192,6 +204,10 @@ class EngineConfig:
     num_gpu_blocks_override: int = opt(
         0, "cache", "number of KV blocks; 0 = from the memory", low=0, high=1 << 30
     )
+    host_cache_memory: int = opt(
+        0, "cache", "host memory for KV blocks that the device has no room for (8GiB); 0 = none",
+        kind="size", low=0, high=1 << 46, common=True,
+    )  # fmt: skip
     kv_name_key: str = opt("", "cache", "key in the names of KV blocks", secret=True)
 
     # [worker]

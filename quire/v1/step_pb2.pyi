@@ -98,7 +98,7 @@ class SchedulerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "rank", "tp_rank", "tp_size", "pp_rank", "pp_size", "worker_epoch", "highest_epoch", "last_seq", "model", "model_digest", "dtype", "kv_dtype", "block_size", "tiers", "max_slots", "max_model_len", "vocab_size", "eos_token_ids", "device", "attention_backend", "step_costs", "held_block_ids", "held_block_names", "system_fingerprint", "pid", "software_version")
+    __slots__ = ("protocol_version", "rank", "tp_rank", "tp_size", "pp_rank", "pp_size", "worker_epoch", "highest_epoch", "last_seq", "model", "model_digest", "dtype", "kv_dtype", "block_size", "tiers", "max_slots", "max_model_len", "vocab_size", "eos_token_ids", "device", "attention_backend", "step_costs", "held_block_ids", "held_block_names", "system_fingerprint", "pid", "software_version", "held_host_block_ids", "held_host_block_names")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,8 @@ class Hello(_message.Message):
     SYSTEM_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HELD_HOST_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    HELD_HOST_BLOCK_NAMES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     rank: int
     tp_rank: int
@@ -153,27 +155,33 @@ class Hello(_message.Message):
     system_fingerprint: str
     pid: int
     software_version: str
-    def __init__(self, protocol_version: _Optional[int] = ..., rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_rank: _Optional[int] = ..., pp_size: _Optional[int] = ..., worker_epoch: _Optional[int] = ..., highest_epoch: _Optional[int] = ..., last_seq: _Optional[int] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierSize, _Mapping]]] = ..., max_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., step_costs: _Optional[_Iterable[_Union[StepCost, _Mapping]]] = ..., held_block_ids: _Optional[bytes] = ..., held_block_names: _Optional[bytes] = ..., system_fingerprint: _Optional[str] = ..., pid: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
+    held_host_block_ids: bytes
+    held_host_block_names: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_rank: _Optional[int] = ..., pp_size: _Optional[int] = ..., worker_epoch: _Optional[int] = ..., highest_epoch: _Optional[int] = ..., last_seq: _Optional[int] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierSize, _Mapping]]] = ..., max_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., step_costs: _Optional[_Iterable[_Union[StepCost, _Mapping]]] = ..., held_block_ids: _Optional[bytes] = ..., held_block_names: _Optional[bytes] = ..., system_fingerprint: _Optional[str] = ..., pid: _Optional[int] = ..., software_version: _Optional[str] = ..., held_host_block_ids: _Optional[bytes] = ..., held_host_block_names: _Optional[bytes] = ...) -> None: ...
 
 class TierSize(_message.Message):
-    __slots__ = ("tier", "num_blocks", "block_bytes")
+    __slots__ = ("tier", "num_blocks", "block_bytes", "copy_micros")
     TIER_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COPY_MICROS_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     num_blocks: int
     block_bytes: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    copy_micros: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., copy_micros: _Optional[int] = ...) -> None: ...
 
 class StepCost(_message.Message):
-    __slots__ = ("num_tokens", "num_context_tokens", "micros")
+    __slots__ = ("num_tokens", "num_context_tokens", "micros", "num_attended_tokens")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MICROS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTENDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     num_context_tokens: int
     micros: int
-    def __init__(self, num_tokens: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., micros: _Optional[int] = ...) -> None: ...
+    num_attended_tokens: int
+    def __init__(self, num_tokens: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., micros: _Optional[int] = ..., num_attended_tokens: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("epoch", "protocol_version")
