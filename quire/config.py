@@ -236,6 +236,11 @@ class EngineConfig:
         """Self, or ConfigError naming the flag, the value and the bounds."""
         for f in settings():
             _bounded(f, getattr(self, f.name))
+        if self.itl_target_ms and not self.enable_chunked_prefill:
+            raise ConfigError(
+                "--itl-target-ms holds by cutting prompts into chunks; "
+                "leave --enable-chunked-prefill on, or take the target away."
+            )
         return self
 
     @property

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from quire.config import EngineConfig
 from quire.errors import QuireError
@@ -128,7 +129,10 @@ class Driver:
         before = state.in_flight[-1] if state.in_flight else None
         limits = self._limits
         if not self.config.max_num_batched_tokens:  # auto follows what steps really cost
-            limits = replace(limits, max_num_batched_tokens=self.pacer.cost.largest_chunk())
+            limits = replace(limits, max_num_batched_tokens=self.pacer.cost.default_budget)
+        if self.config.itl_target_ms:
+            pace = partial(self.pacer.prompt_tokens, self.config.itl_target_ms / 1e3)
+            limits = replace(limits, prompt_tokens=pace)
         plan = schedule(state, limits, self.epoch, self.seq + 1)
         if plan is None:
             return self._unblock()
@@ -175,6 +179,7 @@ class Driver:
         """Book-keeping that can be done while the worker computes."""
         if self.state is not None and self.state.in_flight:
             publish_outputs(self.state, self.seq)
+            self.pacer.cost.refit()
 
     # -- frames -----------------------------------------------------------------------------
     def on_hello(self, peer: bytes, hello: step_pb2.Hello, now: float) -> bool:

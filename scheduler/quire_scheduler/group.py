@@ -6,11 +6,11 @@ All times are the engine's clock in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from quire.step_cost import Point, StepSize
 from quire.v1 import step_pb2
 from quire.wire import NAME_BYTES, PROTOCOL_VERSION
 from quire_scheduler.columns import I32
@@ -181,14 +181,14 @@ class Group:
         common = common or {}
         return np.fromiter(common, np.int32, len(common)), b"".join(common.values())
 
-    def step_costs(self) -> Sequence[tuple[float, float, float]]:
-        """Points (tokens, context tokens, micros) of the slowest rank's table."""
-        points: dict[tuple[int, int], int] = {}
+    def step_costs(self) -> list[Point]:
+        """The slowest rank's table."""
+        points: dict[StepSize, int] = {}
         for worker in self.workers.values():
             for cost in worker.hello.step_costs:
-                key = (cost.num_tokens, cost.num_context_tokens)
-                points[key] = max(points.get(key, 0), cost.micros)
-        return [(float(t), float(c), float(m)) for (t, c), m in points.items()]
+                size = StepSize(cost.num_tokens, cost.num_context_tokens, cost.num_attended_tokens)
+                points[size] = max(points.get(size, 0), cost.micros)
+        return [Point(size, micros) for size, micros in points.items()]
 
 
 def num_blocks(hello: step_pb2.Hello) -> int:

@@ -6,7 +6,7 @@ heartbeats show that it computes.
 
 from __future__ import annotations
 
-from quire_scheduler.cost import StepCostModel
+from quire.step_cost import StepCostModel
 from quire_scheduler.group import WORRY_S, Group
 from quire_scheduler.plan import Plan
 

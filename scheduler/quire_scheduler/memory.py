@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.config import EngineConfig
+from quire.step_cost import StepCostModel
 from quire_scheduler.admission import ModelInfo
-from quire_scheduler.cost import StepCostModel
 from quire_scheduler.group import Group, num_blocks
 from quire_scheduler.kv import KVManager, ModelIdentity
 from quire_scheduler.plan import Limits
@@ -78,7 +78,7 @@ def describe(group: Group, config: EngineConfig, old: KVManager | None) -> Memor
             system_fingerprint=first.system_fingerprint,
         ),
         limits=Limits(
-            config.max_num_batched_tokens or cost.largest_chunk(),
+            config.max_num_batched_tokens or cost.default_budget,
             config.max_num_seqs,
             config.enable_chunked_prefill,
         ),

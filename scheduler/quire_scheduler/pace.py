@@ -7,14 +7,16 @@ for two steps.
 
 from __future__ import annotations
 
+from quire.step_cost import StepCostModel, StepSize
 from quire.v1 import step_pb2
-from quire_scheduler.cost import StepCostModel
 from quire_scheduler.counters import Counters
 from quire_scheduler.plan import Plan
 
 LEAD_S = 0.002  # the next plan leaves at least this long before the running step should end
 ROUND_TRIPS = 3  # or so many round trips, if that is longer
 SMOOTHING = 0.1
+MIN_CHUNK = 16
+MAX_CHUNK = 1 << 16
 MAX_ROUND_TRIP_S = 0.005  # one slow answer must not bring the plans forward for long
 
 
@@ -31,9 +33,20 @@ class Pacer:
         rest = running.begins_at + running.predicted_s - now
         return rest - max(LEAD_S, ROUND_TRIPS * self.round_trip)
 
+    def prompt_tokens(self, target_s: float, decoding: StepSize, start: int) -> int:
+        """Tokens that a prompt, from `start` on, may have beside the rows that decode, if the step
+        is to take `target_s`, by what such steps usually stray. Never less than MIN_CHUNK: a
+        prompt gets on even where decoding alone takes longer."""
+        cost = self.cost
+        if not cost.known:
+            return MIN_CHUNK
+        chunk = cost.largest_chunk(decoding, start, target_s, MAX_CHUNK)
+        target_s /= 1 + cost.stray(decoding.num_tokens + chunk)
+        return max(MIN_CHUNK, cost.largest_chunk(decoding, start, target_s, chunk))
+
     def sent(self, plan: Plan, before: Plan | None, now: float) -> None:
         """The plan leaves, behind `before` if that is still running."""
-        plan.predicted_s = self.cost.predict(plan.total_tokens, plan.num_context_tokens)
+        plan.predicted_s = self.cost.predict(plan.size)
         plan.sent_at = plan.begins_at = now
         if before is not None:
             plan.begins_at = max(now, before.begins_at + before.predicted_s)
@@ -51,7 +64,7 @@ class Pacer:
         counters = self._counters
         total = plan.total_tokens
         if total:
-            self.cost.observe(total, plan.num_context_tokens, step)
+            self.cost.observe(plan.size, step)
             decode = int((plan.num_tokens == 1).sum())
             counters.batch_size.observe(len(plan.slots))
             counters.decode_tokens.observe(decode)

@@ -8,12 +8,13 @@ block, preemption).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.step_cost import StepSize, attended
 from quire.v1 import step_pb2
 from quire_scheduler.columns import I32, Columns
 from quire_scheduler.request import Request
@@ -30,6 +31,9 @@ class Limits:
     max_num_batched_tokens: int
     max_num_seqs: int
     enable_chunked_prefill: bool = True
+    # (the step's decoding rows, where the longest prompt goes on) -> tokens that prompts may have
+    # beside them; None = what the budget leaves
+    prompt_tokens: Callable[[StepSize, int], int] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +52,7 @@ class Plan:
     retired_slots: I32 = field(default_factory=lambda: NONE)
     admitted: list[tuple[Request, int]] = field(default_factory=list)  # first computed position
     num_context_tokens: int = 0  # KV tokens the step reads
+    num_attended_tokens: int = 0  # sum over its tokens of the positions each attends to
     # filled in by the engine
     sent_at: float = 0.0
     begins_at: float = 0.0  # when the worker is expected to begin it
@@ -64,6 +69,13 @@ class Plan:
     @property
     def total_tokens(self) -> int:
         return int(self.num_tokens.sum())
+
+    @property
+    def size(self) -> StepSize:
+        sampled = int(np.count_nonzero(self.flags & step_pb2.ROW_FLAG_SAMPLE))
+        return StepSize(
+            self.total_tokens, self.num_context_tokens, self.num_attended_tokens, sampled
+        )
 
     def to_proto(self, deadline_ms: int = 0) -> step_pb2.StepPlan:
         message = step_pb2.StepPlan(
@@ -98,8 +110,10 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     plan = Plan(epoch, seq)
     slots = runnable(state)
     rivals, wants = _rivals(state, limits)
+    wanted = columns.wanted[slots]
+    for_prompts = _for_prompts(state, limits, slots, wanted, bool(rivals))
     nums, shares = hand_out(
-        columns.wanted[slots], columns.last_seq[slots], wants, limits.max_num_batched_tokens
+        wanted, columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
     )
     has_row = nums > 0
     slots, nums = slots[has_row], nums[has_row]
@@ -110,6 +124,7 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     _commit_running(state, plan, slots, nums)
     if not preempted:
         left = limits.max_num_batched_tokens - int(nums.sum())
+        left = min(left, for_prompts - int(nums[nums > 1].sum()))
         _admit(state, limits, plan, left, dict(zip(rivals, shares, strict=True)))
     if not len(plan.slots) and (state.in_flight or not state.to_retire):
         return None
@@ -136,13 +151,17 @@ def runnable(state: State) -> I32:
 
 
 def hand_out(
-    wanted: I32, last_seq: NDArray[np.int64], rivals: Sequence[int], budget: int
+    wanted: I32,
+    last_seq: NDArray[np.int64],
+    rivals: Sequence[int],
+    budget: int,
+    for_prompts: int | None = None,
 ) -> tuple[I32, list[int]]:
     """Tokens for each running row [num_running] and for each of the next newcomers [num_rivals].
 
     A row that wants one token gets it (the least recently served first where the budget is too
-    small for all); what is left is shared fairly among prompts, running ones first. A quarter
-    stays for running prompts, so that decoding rows can't starve them.
+    small for all); what is left, at most `for_prompts`, is shared fairly among prompts, running
+    ones first. A quarter stays for running prompts, so that decoding rows can't starve them.
     """
     nums = np.zeros_like(wanted)
     single = np.flatnonzero(wanted == 1)
@@ -154,6 +173,7 @@ def hand_out(
     if not len(prompts) and not rivals:
         return nums, []
     left = budget - len(single)
+    left = left if for_prompts is None else min(left, for_prompts)
     sharing = prompts[: min(SHARERS, left)]
     num_rivals = min(len(rivals), min(SHARERS, left) - len(sharing))
     shares = water_fill([*wanted[sharing].tolist(), *rivals[:num_rivals]], left)
@@ -185,6 +205,19 @@ def blocks_for(num_tokens: I32, block_size: int) -> I32:
     """Blocks that hold so many tokens."""
     blocks: I32 = -(-num_tokens // block_size)
     return blocks
+
+
+def _for_prompts(state: State, limits: Limits, slots: I32, wanted: I32, rivals: bool) -> int:
+    """Tokens that prompts may have in this step, so that the rows decoding beside them keep their
+    pace. Without such rows, or without a target, all of the budget."""
+    budget = limits.max_num_batched_tokens
+    decoding = slots[wanted == 1]
+    if limits.prompt_tokens is None or not len(decoding) or not (rivals or (wanted > 1).any()):
+        return budget
+    lengths = int(state.columns.num_computed_tokens[decoding].sum()) + len(decoding)
+    size = StepSize(len(decoding), lengths, lengths, len(decoding))
+    prompts = state.columns.num_computed_tokens[slots[wanted > 1]]
+    return min(budget, limits.prompt_tokens(size, int(prompts.max(initial=0))))
 
 
 def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
@@ -239,7 +272,9 @@ def _commit_running(state: State, plan: Plan, slots: I32, nums: I32) -> None:
     start = columns.num_computed_tokens[slots]
     plan.slots, plan.num_tokens = slots, nums
     plan.flags = np.where(sampling, columns.flags[slots], np.uint8(0)).astype(np.uint8)
-    plan.num_context_tokens = int((start + nums).sum())
+    ends = start.astype(np.int64) + nums
+    plan.num_context_tokens = int(ends.sum())
+    plan.num_attended_tokens = int((nums * ends - nums * (nums - 1) // 2).sum())
     columns.num_computed_tokens[slots] = start + nums
     columns.num_pending[slots] += sampling
     columns.num_in_flight[slots] += 1
@@ -313,6 +348,7 @@ def _admit(
         publish(state, np.array([slot]), np.array([end], np.int32), plan.seq)
         plan.admitted.append((request, cached))
         plan.num_context_tokens += end
+        plan.num_attended_tokens += attended(count, end)
         rows.append((slot, count, request.row_flags if count == wanted else 0))
         budget -= count
     if rows:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quire.link import WorkerLink
+from quire.step_cost import attended
 from quire.v1 import step_pb2 as pb
 from quire.wire import PROTOCOL_VERSION
 
@@ -173,7 +174,12 @@ class FakeWorker:
             device="fake",
             attention_backend="none",
             step_costs=[
-                pb.StepCost(num_tokens=t, num_context_tokens=c, micros=m)
+                pb.StepCost(
+                    num_tokens=t,
+                    num_context_tokens=c,
+                    num_attended_tokens=attended(t, c),
+                    micros=m,
+                )
                 for t, c, m in o.step_costs
             ],
             held_block_ids=np.array(held, "<i4").tobytes(),

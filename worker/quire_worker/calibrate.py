@@ -1,4 +1,4 @@
-"""What is measured before the first plan: the team's size, three points of the step-cost table.
+"""What is measured before the first plan: the team's size, four points of the step-cost table.
 
 Well under a second for a small model. Knows a runner's model and memory, not what the scheduler
 does with the figures. It writes into the KV pool's first blocks, which nobody owns yet.
@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 
+from quire.step_cost import attended
 from quire.v1 import step_pb2 as pb
 from quire_worker import batch
 from quire_worker.runner import Runner
@@ -23,7 +24,8 @@ MAX_CHUNK = 512
 
 
 def measure(runner: Runner) -> list[pb.StepCost]:
-    """One decode row, one long prefill chunk, one decode row behind a long context.
+    """One decode row, one long prefill chunk, and both again behind a long context (the chunk
+    only a small one): what a token costs, and what the tokens before it.
 
     The chunk's size follows from a short one's time, so that a slow model is not held up.
     """
@@ -43,6 +45,8 @@ def measure(runner: Runner) -> list[pb.StepCost]:
     context = min(room, 2048)
     if context > 1:
         points.append(_point(runner, 1, context))
+    if context > 2 * small:
+        points.append(_point(runner, small, context))
     return points
 
 
@@ -51,7 +55,10 @@ def _point(runner: Runner, num_tokens: int, context: int) -> pb.StepCost:
     while len(times) < 3 and sum(times) < 0.05:
         times.append(_step(runner, num_tokens, context))
     return pb.StepCost(
-        num_tokens=num_tokens, num_context_tokens=context, micros=int(min(times) * 1e6)
+        num_tokens=num_tokens,
+        num_context_tokens=context,
+        num_attended_tokens=attended(num_tokens, context),
+        micros=int(min(times) * 1e6),
     )
 
 

@@ -307,7 +307,7 @@ def test_two_plans_are_in_flight_and_never_three():
 
 
 def test_the_second_plan_leaves_just_in_time():
-    costs = [(1, 0, 50_000), (512, 0, 50_000), (1, 4096, 50_000)]
+    costs = [(1, 1, 50_000), (512, 512, 50_000), (1, 4096, 50_000)]
     rig = Rig(Options(step_costs=costs))
     driver = rig.engine._driver
     rig.submit([5], max_tokens=50)

@@ -1,4 +1,4 @@
-"""The small parts: waiting queue, cost model, outputs, journal, pace, metrics page."""
+"""The small parts: waiting queue, outputs, journal, pace, metrics page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from fakes.worker import Options
 from quire.errors import AddressInUse, ConfigError, QuireError
 from quire.v1 import engine_pb2, step_pb2
 from quire_scheduler import journal
-from quire_scheduler.cost import DEFAULT_TOKENS, MAX_AUTO_TOKENS, StepCostModel
 from quire_scheduler.metrics import MetricsPage
 from quire_scheduler.outputs import ERROR, Logprobs, Outputs, merge, one_row
 from quire_scheduler.throughput import Throughput
@@ -68,45 +67,6 @@ def test_what_is_discarded_leaves_and_may_come_back():
     queue.push(items[3])
     assert [r.arrival for r in queue.first(3)] == [3, 490, 491]
     assert [r.arrival for r in queue.first(3)] == [3, 490, 491]
-
-
-def table(a: float, b: float, c: float) -> list[tuple[float, float, float]]:
-    points = [(1, 16), (64, 64), (512, 512), (64, 4096)]
-    return [(t, k, a + b * t + c * k) for t, k in points]
-
-
-def test_cost_is_a_line_over_tokens_and_context():
-    model = StepCostModel(table(1000, 50, 0.5))
-    assert model.predict(100, 1000) == pytest.approx(6500e-6, rel=0.01)
-
-
-def test_cost_learns_from_steps():
-    model = StepCostModel(table(1000, 50, 0.5))
-    for _ in range(50):
-        for tokens in (1, 2, 4, 8, 16, 64, 256, 512):
-            model.observe(tokens, tokens, 2000 + 100 * tokens)
-    assert model.predict(128, 128) == pytest.approx(14800e-6, rel=0.15)
-
-
-def test_cost_without_a_table_knows_nothing_then_learns():
-    model = StepCostModel()
-    assert not model.known and model.predict(100, 100) == 0
-    assert model.largest_chunk() == DEFAULT_TOKENS
-    model.observe(10, 10, 500)
-    assert model.known and model.predict(10, 10) > 0
-
-
-def test_the_default_budget_takes_a_quarter_of_a_second():
-    model = StepCostModel(table(10_000, 100, 20))
-    chunk = model.largest_chunk()
-    assert chunk % 16 == 0 and model.predict(chunk, chunk) == pytest.approx(0.25, abs=0.01)
-    assert StepCostModel(table(100, 1, 0)).largest_chunk() == MAX_AUTO_TOKENS
-    assert StepCostModel(table(900_000, 9000, 1)).largest_chunk() == 64
-
-
-def test_costs_never_shrink_with_size():
-    model = StepCostModel([(1, 1, 900), (64, 64, 100), (512, 512, 50)])
-    assert (model.coefficients >= 0).all()
 
 
 def tokens_row(handle: int, tokens: list[int], logprobs: Logprobs | None = None) -> Outputs:

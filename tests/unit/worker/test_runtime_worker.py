@@ -105,7 +105,7 @@ def test_hello_says_what_this_worker_is(worker):
     assert hello.device == "cpu" and hello.dtype in ("float32", "bfloat16")
     assert len(hello.model_digest) == 32 and hello.worker_epoch
     assert [c.num_tokens for c in hello.step_costs][0] == 1 and hello.step_costs[0].micros > 0
-    assert len({(c.num_tokens, c.num_context_tokens) for c in hello.step_costs}) == 3
+    assert len({(c.num_tokens, c.num_context_tokens) for c in hello.step_costs}) == 4
     assert hello.system_fingerprint.startswith("fp_")
 
 
