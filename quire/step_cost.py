@@ -21,7 +21,9 @@ MIN_AUTO_TOKENS = 64
 REFIT_EVERY = 64  # observed steps
 SMOOTHING = 0.2
 OUTLIER = 3.0  # a step so many times off counts as this far off: the machine was elsewhere
-RIDGE = 1e-3  # where points can't tell two causes apart, they share
+# Where points can't tell causes apart the one with the smallest weight takes it: a step's fixed
+# cost before its rows', tokens before context.
+RIDGE = np.diag([1e-4, 1e-4, 1e-3, 1e-3, 1e-2])
 MAX_CELLS = 512
 
 
@@ -155,7 +157,7 @@ class StepCostModel:
         causes = [0, 1, 2, 3, 4]
         while causes:
             part = design[:, causes]
-            normal = part.T @ part + RIDGE * np.eye(len(causes))
+            normal = part.T @ part + RIDGE[np.ix_(causes, causes)]
             fitted = np.linalg.solve(normal, part.sum(axis=0))
             if (fitted >= 0).all():
                 break
