@@ -27,8 +27,9 @@ from quire_scheduler.journal import Direction, Journal
 from quire_scheduler.memory import describe
 from quire_scheduler.outbox import Outbox
 from quire_scheduler.pace import Pacer
-from quire_scheduler.plan import Limits, publish_outputs, schedule
 from quire_scheduler.request import Request
+from quire_scheduler.schedule import publish_outputs, schedule
+from quire_scheduler.shares import Limits
 from quire_scheduler.state import State
 
 log = logging.getLogger("quire.scheduler")

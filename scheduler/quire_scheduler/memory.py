@@ -12,7 +12,7 @@ from quire.step_cost import StepCostModel
 from quire_scheduler.admission import ModelInfo
 from quire_scheduler.group import Group, num_blocks
 from quire_scheduler.kv import KVManager, ModelIdentity
-from quire_scheduler.plan import Limits
+from quire_scheduler.shares import Limits
 
 
 @dataclass(frozen=True, slots=True)

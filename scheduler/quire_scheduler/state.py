@@ -1,6 +1,6 @@
 """State: everything the engine knows about live requests, and the few ways it may change.
 
-Knows no wire, no budget and no time: plan.py decides who runs, results.py what came of it.
+Knows no wire, no budget and no time: schedule.py decides who runs, results.py what came of it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from sched_helpers import Rig
 from fakes.worker import Options
 from quire.v1 import step_pb2
 from quire_scheduler import results
-from quire_scheduler.plan import publish_outputs, schedule
+from quire_scheduler.schedule import publish_outputs, schedule
 
 PROMPT, OUTPUT, STEPS = 64, 900, 400
 

@@ -9,7 +9,7 @@ from sched_helpers import Rig
 from fakes.worker import Options
 from quire.config import EngineConfig
 from quire.errors import ConfigError
-from quire_scheduler.plan import hand_out
+from quire_scheduler.shares import hand_out
 
 COSTS = [(1, 1, 1_050), (512, 512, 26_600), (1, 2048, 1_050), (16, 2048, 1_800)]  # 1 ms + 50 us
 

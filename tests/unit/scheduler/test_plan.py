@@ -9,7 +9,7 @@ from sched_helpers import Rig
 from fakes.worker import Options
 from quire.v1 import step_pb2
 from quire_scheduler.columns import Columns
-from quire_scheduler.plan import hand_out, pick_victim, water_fill
+from quire_scheduler.shares import hand_out, pick_victim, water_fill
 
 
 def rows(plan: step_pb2.StepPlan) -> dict[int, int]:

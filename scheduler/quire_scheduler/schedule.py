@@ -1,0 +1,231 @@
+"""schedule(): who computes how many tokens in the next step.
+
+No phases: every request has tokens computed and tokens wanted, and each step hands out a budget
+until computed catches up; running requests first, then waiting ones. Knows no wire, no clock and
+no worker. Work per row is numpy; Python objects are touched for events only (admission, a new
+block, preemption). How the budget is shared is decided in shares.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quire.step_cost import StepSize, attended
+from quire_scheduler.columns import I32
+from quire_scheduler.plan import Plan
+from quire_scheduler.request import Request
+from quire_scheduler.shares import SHARERS, Limits, blocks_for, hand_out, pick_victim
+from quire_scheduler.state import State
+
+
+def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
+    """The next plan, with the state changed as if it was sent; None when there is nothing to do.
+
+    A plan without rows is made only to retire slots while nothing else is in flight.
+    """
+    columns, kv = state.columns, state.kv
+    plan = Plan(epoch, seq)
+    slots = runnable(state)
+    rivals, wants = _rivals(state, limits)
+    wanted = columns.wanted[slots]
+    for_prompts = _for_prompts(state, limits, slots, wanted, bool(rivals))
+    nums, shares = hand_out(
+        wanted, columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
+    )
+    has_row = nums > 0
+    slots, nums = slots[has_row], nums[has_row]
+
+    num_running = len(state.running)
+    slots, nums = _make_room(state, plan, slots, nums)
+    preempted = len(state.running) < num_running
+    _commit_running(state, plan, slots, nums)
+    if not preempted:
+        left = limits.max_num_batched_tokens - int(nums.sum())
+        left = min(left, for_prompts - int(nums[nums > 1].sum()))
+        _admit(state, limits, plan, left, dict(zip(rivals, shares, strict=True)))
+    if not len(plan.slots) and (state.in_flight or not state.to_retire):
+        return None
+    plan.retired_slots = np.array(state.to_retire, np.int32)
+    state.to_retire.clear()
+    plan.named_block_ids, plan.block_names = kv.take_named(seq)
+    state.in_flight.append(plan)
+    return plan
+
+
+def runnable(state: State) -> I32:
+    """Running slots that may have a row: those whose tokens in flight do not complete them, and,
+    while suspects are on probation, only theirs."""
+    columns = state.columns
+    slots = state.running_slots
+    ok = columns.num_tokens[slots] + columns.num_pending[slots] < columns.max_total[slots]
+    if state.probation.active:
+        for i, slot in enumerate(slots.tolist()):
+            request = columns.requests[slot]
+            ok[i] &= request is not None and state.probation.is_member(request)
+    chosen: I32 = slots[ok]
+    return chosen
+
+
+def _for_prompts(state: State, limits: Limits, slots: I32, wanted: I32, rivals: bool) -> int:
+    """Tokens that prompts may have in this step, so that the rows decoding beside them keep their
+    pace. Without such rows, or without a target, all of the budget."""
+    budget = limits.max_num_batched_tokens
+    decoding = slots[wanted == 1]
+    if limits.prompt_tokens is None or not len(decoding) or not (rivals or (wanted > 1).any()):
+        return budget
+    lengths = int(state.columns.num_computed_tokens[decoding].sum()) + len(decoding)
+    size = StepSize(len(decoding), lengths, lengths, len(decoding))
+    prompts = state.columns.num_computed_tokens[slots[wanted > 1]]
+    return min(budget, limits.prompt_tokens(size, int(prompts.max(initial=0))))
+
+
+def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
+    """The next newcomers as far as they can start now, and the tokens each wants; nothing is
+    set aside for one that could not use it."""
+    rivals: list[Request] = []
+    wants: list[int] = []
+    kv = state.kv
+    room = min(SHARERS, len(state.columns.free), limits.max_num_seqs - len(state.running))
+    for request in state.queue.first(room) if room > 0 else ():
+        cached = 0
+        if request.slot < 0:
+            cached = kv.peek_prefix(request.tokens, request.namespace)
+        if request.slot >= 0 or not _has_room(state, request, cached // kv.block_size):
+            break
+        rivals.append(request)
+        wants.append(len(request.tokens) - cached)
+    return rivals, wants
+
+
+def _make_room(state: State, plan: Plan, slots: I32, nums: I32) -> tuple[I32, I32]:
+    """Blocks for the rows; preempts until they fit. Returns the rows that are left."""
+    columns, kv = state.columns, state.kv
+    while len(slots):
+        ends = columns.num_computed_tokens[slots] + nums
+        need = blocks_for(ends, kv.block_size) - columns.num_blocks[slots]
+        hungry = np.flatnonzero(need > 0)
+        if not len(hungry):
+            break
+        need = need[hungry]
+        rows = slots[hungry]
+        handles = [columns.kv[slot] for slot in rows.tolist()]
+        ids = kv.allocate_many([h for h in handles if h is not None], need)
+        if ids is not None:
+            columns.num_blocks[rows] += need
+            plan.new_block_rows = np.repeat(rows, need)
+            plan.new_block_ids = ids
+            break
+        victim = pick_victim(columns, state.running_slots)
+        request = columns.requests[victim]
+        assert request is not None
+        state.preempt(request)
+        keep = slots != victim
+        slots, nums = slots[keep], nums[keep]
+    return slots, nums
+
+
+def _commit_running(state: State, plan: Plan, slots: I32, nums: I32) -> None:
+    columns = state.columns
+    sampling = nums == columns.wanted[slots]
+    start = columns.num_computed_tokens[slots]
+    plan.slots, plan.num_tokens = slots, nums
+    plan.flags = np.where(sampling, columns.flags[slots], np.uint8(0)).astype(np.uint8)
+    ends = start.astype(np.int64) + nums
+    plan.num_context_tokens = int(ends.sum())
+    plan.num_attended_tokens = int((nums * ends - nums * (nums - 1) // 2).sum())
+    columns.num_computed_tokens[slots] = start + nums
+    columns.num_pending[slots] += sampling
+    columns.num_in_flight[slots] += 1
+    columns.last_seq[slots] = plan.seq
+    # Forced tokens are published when the plan that computes them is made: later requests of this
+    # very plan may share them, for a step writes KV before it attends.
+    forced = np.minimum(columns.num_forced[slots], start + nums)
+    publish(state, slots, forced, plan.seq)
+
+
+def publish(state: State, slots: I32, known: I32, seq: int) -> None:
+    """Offer blocks that became full to the prefix cache: `known` [n] tokens of each slot."""
+    columns, kv = state.columns, state.kv
+    full = known // kv.block_size
+    for i in np.flatnonzero(full > columns.num_published[slots]).tolist():
+        slot = int(slots[i])
+        handle = columns.kv[slot]
+        assert handle is not None
+        kv.publish(handle, columns.token_ids[slot, : known[i]], seq)
+        columns.num_published[slot] = full[i]
+
+
+def publish_outputs(state: State, seq: int) -> None:
+    """Output blocks whose content is certain: all but the last confirmed token. Deferred work,
+    done while the worker computes."""
+    slots = state.running_slots
+    if len(slots):
+        columns = state.columns
+        known = np.minimum(columns.num_tokens[slots] - 1, columns.num_computed_tokens[slots])
+        publish(state, slots, known, seq)
+
+
+def _admit(
+    state: State, limits: Limits, plan: Plan, budget: int, shares: dict[Request, int]
+) -> None:
+    """Newcomers, in the queue's order, until one does not fit. `shares` keeps part of the budget
+    for later ones."""
+    columns, kv, queue = state.columns, state.kv, state.queue
+    rows: list[tuple[int, int, int]] = []  # slot, tokens, flags
+    whole = bool((plan.num_tokens > 1).any())  # a prompt is in this step already
+    reserved = sum(shares.values())
+    while budget > 0 and columns.free and len(state.running) < limits.max_num_seqs:
+        head = queue.first(1)
+        if not head or head[0].slot >= 0:  # its tokens are still in flight
+            break
+        request = head[0]
+        reserved -= shares.pop(request, 0)
+        cached, handle = kv.match_prefix(
+            request.tokens, request.namespace, owner=request.request_id
+        )
+        wanted = len(request.tokens) - cached
+        count = min(wanted, max(budget - reserved, 1))
+        if not limits.enable_chunked_prefill and count < wanted:
+            # a prompt beyond the budget runs whole, as the only prompt of its step
+            count = wanted if budget >= wanted or not (whole or rows) else 0
+        end = cached + count
+        blocks = -(-end // kv.block_size) - handle.num_blocks
+        fits = count > 0 and _has_room(state, request, handle.num_blocks)
+        if not fits or kv.allocate_for(handle, blocks) is None:
+            kv.release(handle)
+            break
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = min(cached, request.num_prompt_tokens)
+        slot = columns.free.pop()
+        columns.attach(request, slot, handle, cached)
+        state.start(request, slot)
+        columns.num_computed_tokens[slot] = end
+        columns.num_pending[slot] = count == wanted
+        columns.num_in_flight[slot] = 1
+        columns.last_seq[slot] = plan.seq
+        publish(state, np.array([slot]), np.array([end], np.int32), plan.seq)
+        plan.admitted.append((request, cached))
+        plan.num_context_tokens += end
+        plan.num_attended_tokens += attended(count, end)
+        rows.append((slot, count, request.row_flags if count == wanted else 0))
+        budget -= count
+    if rows:
+        table = np.array(rows, np.int32)
+        plan.slots = np.concatenate((plan.slots, table[:, 0]))
+        plan.num_tokens = np.concatenate((plan.num_tokens, table[:, 1]))
+        plan.flags = np.concatenate((plan.flags, table[:, 2].astype(np.uint8)))
+
+
+def _has_room(state: State, request: Request, num_cached_blocks: int) -> bool:
+    """Whether its whole prompt fits beside what running prompts still need, with some headroom:
+    more for one that was preempted, so that two requests do not preempt each other in turn."""
+    columns, kv = state.columns, state.kv
+    running = state.running_slots
+    if not len(running):
+        return True
+    owed = blocks_for(columns.num_tokens[running], kv.block_size) - columns.num_blocks[running]
+    need = -(-len(request.tokens) // kv.block_size) - num_cached_blocks
+    headroom = 1 + len(running) // 16
+    if request.num_preemptions:
+        headroom = (1 + min(request.num_preemptions, 8)) * (len(running) + 1)
+    return need + int(np.maximum(owed, 0).sum()) + headroom <= kv.num_allocatable
