@@ -148,7 +148,7 @@ class EngineConfig:
 
     # [scheduler]
     max_num_seqs: int = opt(
-        256, "scheduler", "most requests in one step", low=1, high=4096, common=True
+        256, "scheduler", "most requests in one step", low=1, high=16_384, common=True
     )
     max_num_batched_tokens: int = opt(
         0, "scheduler", "most tokens in one step; auto = what takes 250 ms", kind="count",
