@@ -120,9 +120,12 @@ class Bench:
     def _all_decode(self) -> bool:
         state = self.driver.state
         assert state is not None
-        return not state.num_waiting and bool((state.columns.num_tokens[: self.rows] > 0).all()) \
-            and all((plan.num_tokens == 1).all() for plan in state.in_flight) \
+        return (
+            not state.num_waiting
+            and bool((state.columns.num_tokens[: self.rows] > 0).all())
+            and all((plan.num_tokens == 1).all() for plan in state.in_flight)
             and len(state.in_flight) == IN_FLIGHT - 1
+        )
 
     def answer(self, plan: step_pb2.StepPlan) -> bytes:
         """The frame of a worker whose rows all go on."""
@@ -173,7 +176,9 @@ class Bench:
         return [b - a, d - c, e - d, f - e]
 
 
-def step_times(rows: int, num_clients: int, prompt: int, steps: int, block: int) -> dict[str, float]:
+def step_times(
+    rows: int, num_clients: int, prompt: int, steps: int, block: int
+) -> dict[str, float]:
     """Milliseconds per step: the parts' medians, and medians and 99th percentiles of their sums."""
     bench = Bench(rows, num_clients, prompt, steps, block)
     gc.collect()
@@ -189,14 +194,20 @@ def step_times(rows: int, num_clients: int, prompt: int, steps: int, block: int)
     return found | {"critical_p99": float(np.quantile(critical, 0.99))}
 
 
-def make_kv(num_blocks: int, block: int, policy: str, longest: int) -> KVManager:
+def make_kv(num_blocks: int, block: int, policy: str) -> KVManager:
     identity = ModelIdentity(b"m" * 16, "float32", "float32")
-    return KVManager(num_blocks, block, identity, eviction_policy=policy)
+    return KVManager(
+        num_blocks,
+        block,
+        identity,
+        eviction_policy=policy,
+        max_requests=4,
+    )
 
 
 def lookup_time(num_tokens: int, block: int, repeats: int = 200) -> float:
     """Microseconds, median, of match_prefix on a prompt that is cached but for its last token."""
-    kv = make_kv(2 * num_tokens // block, block, "lru", num_tokens)
+    kv = make_kv(2 * num_tokens // block, block, "lru")
     tokens = np.random.default_rng(0).integers(0, VOCAB, num_tokens + 1).astype(np.int32)
     fill(kv, tokens)
     times = []
@@ -221,7 +232,7 @@ def fill(kv: KVManager, tokens: np.ndarray) -> None:
 def eviction_time(num_blocks: int, block: int, policy: str, count: int = 5000) -> float:
     """Microseconds per block evicted, one at a time, from a full cache of chats: a stem of two
     blocks for every eight leaves of two."""
-    kv = make_kv(num_blocks, block, policy, 1)
+    kv = make_kv(num_blocks, block, policy)
     rng = np.random.default_rng(0)
     stem = np.zeros(0, np.int32)
     leaves = 0

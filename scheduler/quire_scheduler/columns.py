@@ -6,16 +6,20 @@ truth about its counts.
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quire_scheduler.kv.tables import lazy_matrix
 
 if TYPE_CHECKING:
     from quire_scheduler.kv import KVHandle
     from quire_scheduler.request import Request
 
 I32 = NDArray[np.int32]
+Slots = NDArray[np.intp]  # what numpy indexes with fastest
 Bool = NDArray[np.bool_]
 
 
@@ -24,48 +28,89 @@ class Columns:
 
     A slot is free, attached (it has a request) or retiring (given up, but plans that name it, or
     the plan that retires it, are not acknowledged yet). A preempted request stays attached while
-    tokens of it are in flight.
+    tokens of it are in flight; it is not running.
     """
 
-    def __init__(self, max_slots: int, max_model_len: int) -> None:
+    def __init__(self, max_slots: int, max_model_len: int, block_size: int) -> None:
         def column() -> I32:
             return np.zeros(max_slots, np.int32)
 
         self.max_slots = max_slots
         self.max_model_len = max_model_len
-        # np.zeros touches no page before it is written
-        self.token_ids: I32 = np.zeros((max_slots, max_model_len), np.int32)
+        self.block_size = block_size
+        blocks = -(-max_model_len // block_size)
+        self.token_ids: I32 = lazy_matrix(max_slots, blocks * block_size)
+        self.token_blocks = self.token_ids.reshape(max_slots, blocks, block_size)  # the same memory
+        self._flat_tokens = self.token_ids.reshape(-1)
         self.num_tokens = column()  # known: prompt + confirmed outputs
         self.num_prompt_tokens = column()
         self.num_forced = column()  # known at admission; the rest was sampled in this slot
         self.num_computed_tokens = column()  # by all plans sent so far
         self.num_pending = column()  # outputs that plans in flight will yield
-        self.num_in_flight = column()  # plans in flight that have a row of this slot
         self.max_total = column()  # at this many tokens it ends by length
-        self.num_blocks = column()
-        self.num_published = column()  # leading blocks offered to the prefix cache
         self.num_cached_tokens = column()  # hit at first admission
         self.priority = column()  # lower is kept longer
         self.arrival: NDArray[np.int64] = np.zeros(max_slots, np.int64)
         self.last_seq: NDArray[np.int64] = np.zeros(max_slots, np.int64)  # last plan with a row
         self.flags: NDArray[np.uint8] = np.zeros(max_slots, np.uint8)  # RowFlag of a sampling row
         self.attached: Bool = np.zeros(max_slots, np.bool_)
+        self.running: Bool = np.zeros(max_slots, np.bool_)
+        self.started: NDArray[np.int64] = np.zeros(max_slots, np.int64)  # order of admission
         self.client = column()  # number of the client its outputs go to
         self.handle: NDArray[np.uint32] = np.zeros(max_slots, np.uint32)
         self.attempt: NDArray[np.uint32] = np.zeros(max_slots, np.uint32)
         self.deaths: NDArray[np.uint32] = np.zeros(max_slots, np.uint32)
         self.requests: list[Request | None] = [None] * max_slots
         self.kv: list[KVHandle | None] = [None] * max_slots
-        self.free = list(range(max_slots - 1, -1, -1))
+        self._free = list(range(max_slots))  # a heap: the lowest first, so that slots stay dense
 
     @property
-    def wanted(self) -> I32:
-        """Tokens each slot could compute now: [max_slots]. 1 for a decoding request."""
-        wanted: I32 = self.num_tokens + self.num_pending - self.num_computed_tokens
+    def size(self) -> tuple[int, int, int]:
+        """What it was made for: (max_slots, max_model_len, block_size)."""
+        return self.max_slots, self.max_model_len, self.block_size
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def next_free(self) -> int:
+        """The slot that the next attach() takes."""
+        return self._free[0]
+
+    @property
+    def free(self) -> list[int]:
+        """Free slots, in no order."""
+        return list(self._free)
+
+    def give_back(self, slots: I32) -> None:
+        """Retired slots [n] are free."""
+        for slot in slots.tolist():
+            heapq.heappush(self._free, slot)
+
+    def clear(self) -> None:
+        """A new epoch: all slots are free, nothing is in flight."""
+        self.num_pending[:] = 0
+        self.last_seq[:] = 0
+        self._free = list(range(self.max_slots))
+
+    def wanted(self, slots: Slots) -> I32:
+        """Tokens each of the slots [n] could compute now. 1 for a decoding request."""
+        wanted: I32 = (
+            self.num_tokens[slots] + self.num_pending[slots] - self.num_computed_tokens[slots]
+        )
         return wanted
 
-    def attach(self, request: Request, slot: int, kv: KVHandle, num_cached: int) -> None:
-        """The request moves into the slot: from here on the columns are the truth about it."""
+    def append_tokens(self, slots: Slots, at: I32, token_ids: I32) -> None:
+        """One confirmed token for each of distinct slots [n], at index `at` [n] = num_tokens."""
+        self._flat_tokens[slots * self.token_ids.shape[1] + at] = token_ids
+        self.num_tokens[slots] = at + 1
+
+    def attach(self, request: Request, kv: KVHandle, num_cached: int) -> int:
+        """The request moves into the next free slot, which is its row of the block tables:
+        from here on the columns are the truth about it. Returns the slot."""
+        slot = heapq.heappop(self._free)
+        assert slot == kv.row
         n = len(request.tokens)
         self.token_ids[slot, :n] = request.tokens
         self.num_tokens[slot] = n
@@ -73,10 +118,7 @@ class Columns:
         self.num_forced[slot] = n
         self.num_computed_tokens[slot] = num_cached
         self.num_pending[slot] = 0
-        self.num_in_flight[slot] = 0
         self.max_total[slot] = request.max_total
-        self.num_blocks[slot] = kv.num_blocks
-        self.num_published[slot] = kv.num_published
         self.num_cached_tokens[slot] = request.num_cached_tokens
         self.priority[slot] = request.priority
         self.arrival[slot] = request.arrival
@@ -90,6 +132,7 @@ class Columns:
         self.kv[slot] = kv
         request.slot = slot
         request.columns = self
+        return slot
 
     def detach(self, request: Request, *, keep_tokens: bool) -> None:
         """The request leaves its slot, with its tokens if it is to run again."""

@@ -93,7 +93,7 @@ class Driver:
     @property
     def _has_work(self) -> bool:
         state = self.state
-        return state is not None and bool(state.running or state.num_waiting or state.to_retire)
+        return state is not None and bool(state.num_running or state.num_waiting or state.to_retire)
 
     def due(self, now: float) -> bool:
         """Whether a plan may leave now. With one in flight only just in time, so that a newcomer
@@ -164,10 +164,8 @@ class Driver:
         assert state is not None
         if state.in_flight or not state.num_waiting:
             return False
-        if state.running:  # set aside for those on probation, whom they leave no room
-            request = state.columns.requests[state.running[-1]]
-            assert request is not None
-            state.preempt(request)
+        if state.num_running:  # set aside for those on probation, whom they leave no room
+            state.preempt(state.last_started)
             return True
         head = state.queue.first(1)
         if head:
@@ -368,8 +366,8 @@ class Driver:
         model = self.model = memory.model
         self.pacer.cost, self._limits, self._memory = memory.cost, memory.limits, memory.incarnation
         columns = old.columns if old is not None else None
-        size = (model.max_slots, model.max_model_len)
-        if columns is None or (columns.max_slots, columns.max_model_len) != size:
+        size = (model.max_slots, model.max_model_len, model.block_size)
+        if columns is None or columns.size != size:
             columns = Columns(*size)
         if old is None:
             self.state = State(columns, memory.kv, self.config.scheduling_policy)

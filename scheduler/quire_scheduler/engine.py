@@ -158,7 +158,7 @@ class Engine:
         problem = f"the engine stopped: {self.crashed!r}" if self.crashed else driver.problem(now)
         workers = list(driver.group.workers.values())
         return Stats(
-            num_running=len(state.running) if state else 0,
+            num_running=state.num_running if state else 0,
             num_waiting=(state.num_waiting if state else 0) + self._intake.num_early,
             num_preemptions=state.num_preemptions if state else 0,
             num_requests=self.counters.accepted,

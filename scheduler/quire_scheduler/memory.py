@@ -28,36 +28,33 @@ class Memory:
 
 
 def describe(group: Group, config: EngineConfig, old: KVManager | None) -> Memory:
-    """Books for the group's memory; the old ones are reset and kept where they fit, for their
-    running totals."""
+    """New books for the group's memory; they go on with the running totals of the old ones."""
     layout = group.layout
     assert layout is not None and group.complete
     hellos = [worker.hello for worker in group.workers.values()]
     first = group.workers[group.result_rank].hello
     blocks = min(num_blocks(hello) for hello in hellos)
-    if old is not None and old.num_usable == blocks - 1:
-        kv = old
-        kv.reset_all()
-    else:
-        identity = ModelIdentity(
+    max_slots = min(hello.max_slots for hello in hellos)
+    # A request alone must always fit: the context ends where the memory does.
+    longest = min([h.max_model_len for h in hellos] + [(blocks - 1) * layout.block_size])
+    if config.max_model_len:
+        longest = min(longest, config.max_model_len)
+    kv = KVManager(
+        blocks,
+        layout.block_size,
+        ModelIdentity(
             bytes.fromhex(layout.model_digest),
             layout.dtype,
             layout.kv_dtype,
             config.kv_name_key.encode(),
-        )
-        kv = KVManager(
-            blocks,
-            layout.block_size,
-            identity,
-            enable_prefix_caching=config.enable_prefix_caching,
-            eviction_policy=config.eviction_policy,
-        )
-        if old is not None:
-            kv.stats = old.stats
-    # A request alone must always fit: the context ends where the memory does.
-    longest = min([h.max_model_len for h in hellos] + [kv.num_usable * layout.block_size])
-    if config.max_model_len:
-        longest = min(longest, config.max_model_len)
+        ),
+        enable_prefix_caching=config.enable_prefix_caching,
+        eviction_policy=config.eviction_policy,
+        max_requests=max_slots,
+        max_blocks_per_request=-(-longest // layout.block_size),
+    )
+    if old is not None:
+        kv.stats = old.stats
     cost = StepCostModel(group.step_costs())
     return Memory(
         incarnation=group.incarnation,
@@ -72,7 +69,7 @@ def describe(group: Group, config: EngineConfig, old: KVManager | None) -> Memor
             max_model_len=longest,
             vocab_size=layout.vocab_size,
             eos_token_ids=layout.eos_token_ids,
-            max_slots=min(hello.max_slots for hello in hellos),
+            max_slots=max_slots,
             device=first.device,
             attention_backend=first.attention_backend,
             system_fingerprint=first.system_fingerprint,

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from quire.step_cost import StepSize
 from quire.v1 import step_pb2
-from quire_scheduler.columns import I32
+from quire_scheduler.columns import I32, Slots
 from quire_scheduler.request import Request
 
 NONE: I32 = np.zeros(0, np.int32)
+NO_SLOTS: Slots = np.zeros(0, np.intp)
 
 
 @dataclass(slots=True, eq=False)
@@ -24,15 +25,17 @@ class Plan:
 
     epoch: int
     seq: int
-    slots: I32 = field(default_factory=lambda: NONE)
+    slots: Slots = field(default_factory=lambda: NO_SLOTS)
     num_tokens: I32 = field(default_factory=lambda: NONE)
     flags: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
-    new_block_rows: I32 = field(default_factory=lambda: NONE)
+    new_block_rows: Slots = field(default_factory=lambda: NO_SLOTS)
     new_block_ids: I32 = field(default_factory=lambda: NONE)
     named_block_ids: I32 = field(default_factory=lambda: NONE)
     block_names: bytes = b""
     retired_slots: I32 = field(default_factory=lambda: NONE)
     admitted: list[tuple[Request, int]] = field(default_factory=list)  # first computed position
+    total_tokens: int = 0
+    num_sampled: int = 0  # rows that yield something
     num_context_tokens: int = 0  # KV tokens the step reads
     num_attended_tokens: int = 0  # sum over its tokens of the positions each attends to
     # filled in by the engine
@@ -43,30 +46,30 @@ class Plan:
     result: step_pb2.StepResult | None = None
 
     @property
-    def sampled(self) -> I32:
-        """Slots of the rows that sample."""
-        slots: I32 = self.slots[(self.flags & step_pb2.ROW_FLAG_SAMPLE) != 0]
+    def sampled(self) -> Slots:
+        """Slots of the rows that sample [num_sampled]."""
+        if self.num_sampled == len(self.slots):
+            return self.slots
+        slots: Slots = self.slots[(self.flags & step_pb2.ROW_FLAG_SAMPLE) != 0]
         return slots
 
     @property
-    def total_tokens(self) -> int:
-        return int(self.num_tokens.sum())
-
-    @property
     def size(self) -> StepSize:
-        sampled = int(np.count_nonzero(self.flags & step_pb2.ROW_FLAG_SAMPLE))
         return StepSize(
-            self.total_tokens, self.num_context_tokens, self.num_attended_tokens, sampled
+            self.total_tokens,
+            self.num_context_tokens,
+            self.num_attended_tokens,
+            self.num_sampled,
         )
 
     def to_proto(self, deadline_ms: int = 0) -> step_pb2.StepPlan:
         message = step_pb2.StepPlan(
             epoch=self.epoch,
             seq=self.seq,
-            slots=self.slots.astype("<i4", copy=False).tobytes(),
+            slots=self.slots.astype("<i4").tobytes(),
             num_tokens=self.num_tokens.astype("<i4", copy=False).tobytes(),
             flags=self.flags.tobytes(),
-            new_block_rows=self.new_block_rows.astype("<i4", copy=False).tobytes(),
+            new_block_rows=self.new_block_rows.astype("<i4").tobytes(),
             new_block_ids=self.new_block_ids.astype("<i4", copy=False).tobytes(),
             named_block_ids=self.named_block_ids.astype("<i4", copy=False).tobytes(),
             block_names=self.block_names,

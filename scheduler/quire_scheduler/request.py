@@ -94,10 +94,6 @@ class Request:
         return int(self.columns.num_computed_tokens[self.slot]) if self.columns is not None else 0
 
     @property
-    def num_in_flight(self) -> int:
-        return int(self.columns.num_in_flight[self.slot]) if self.columns is not None else 0
-
-    @property
     def row_flags(self) -> int:
         """RowFlag bits of the row that yields something."""
         flags = int(step_pb2.ROW_FLAG_SAMPLE)

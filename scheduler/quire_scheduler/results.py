@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quire.errors import KINDS, QuireError
 from quire.v1 import step_pb2
-from quire_scheduler.columns import I32, Bool
+from quire_scheduler.columns import I32, Bool, Slots
 from quire_scheduler.outputs import LENGTH, STOP, UNFINISHED, Logprobs, Outputs, one_row
 from quire_scheduler.plan import Plan
 from quire_scheduler.request import Request
@@ -37,11 +37,11 @@ class Applied:
 
 @dataclass(slots=True, eq=False)
 class _Rows:
-    slots: I32  # [num_rows] that were to sample
-    num_outputs: I32  # [num_rows] 0 or 1
-    token_ids: I32  # [num_rows], 0 without an output
+    slots: Slots  # [num_rows] that were to sample
+    has: Bool  # [num_rows] a token; one at most
+    token_ids: I32  # [num_rows], 0 without one
     stopped: Bool  # [num_rows]
-    logprobs: Logprobs | None  # over the rows with an output
+    logprobs: Logprobs | None  # over the rows with a token
     pooled: dict[int, NDArray[np.float32]]  # slot -> f32 [hidden_size]
 
 
@@ -52,31 +52,35 @@ def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
         counts = np.frombuffer(result.num_outputs, np.uint8)
         tokens = np.frombuffer(result.token_ids, "<i4")
         finished = np.frombuffer(result.finished, np.uint8)
-        has = counts > 0
         logprobs = None
         if result.logprobs.counts:
             logprobs = Logprobs.from_proto(result.logprobs, len(tokens))
     except ValueError as error:
         raise ResultError(f"columns of the result: {error}") from None
     expected = plan.sampled
-    same = np.array_equal(slots, expected) or np.array_equal(np.sort(slots), np.sort(expected))
-    if not same or len(counts) != len(slots) or len(finished) != len(slots):
+    if not len(slots) == len(counts) == len(finished) == len(expected):
         raise ResultError("rows of the result are not those of the plan")
-    if len(counts) and counts.max() > 1 or int(counts.sum()) != len(tokens):
+    if not (slots == expected).all():
+        if not np.array_equal(np.sort(slots), np.sort(expected)):
+            raise ResultError("rows of the result are not those of the plan")
+        expected = slots.astype(np.intp)
+    has = counts != 0
+    if counts.max(initial=0) > 1 or np.count_nonzero(has) != len(tokens):
         raise ResultError("a row of the result has more tokens than its plan asked for")
     if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
         raise ResultError("a token of the result is not in the vocabulary")
-    by_row = np.zeros(len(slots), np.int32)
-    by_row[has] = tokens
-    pooled = _pooled(result, plan)
-    return _Rows(slots, has.astype(np.int32), by_row, (finished > 0) & has, logprobs, pooled)
+    by_row = tokens
+    if len(tokens) < len(slots):
+        by_row = np.zeros(len(slots), np.int32)
+        by_row[has] = tokens
+    return _Rows(expected, has, by_row, (finished != 0) & has, logprobs, _pooled(result, plan))
 
 
 def _pooled(result: step_pb2.StepResult, plan: Plan) -> dict[int, NDArray[np.float32]]:
     """Vectors of the plan's POOL rows that did not fail, which come in the order of the rows."""
+    pooling = (plan.flags & step_pb2.ROW_FLAG_POOL) != 0
     failed = {row.slot for row in result.row_errors}
-    rows = plan.slots[(plan.flags & step_pb2.ROW_FLAG_POOL) != 0].tolist()
-    slots = [slot for slot in rows if slot not in failed]
+    slots = [slot for slot in plan.slots[pooling].tolist() if slot not in failed]
     if len(result.pooled) % (4 * max(len(slots), 1)) or bool(slots) != bool(result.pooled):
         raise ResultError("pooled vectors of the result are not those of the plan")
     if not slots:
@@ -101,40 +105,43 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
         return applied
     state.acknowledge(plan)
 
-    alive = columns.attached[rows.slots] & (rows.num_outputs > 0)
-    slots, tokens, stopped = rows.slots[alive], rows.token_ids[alive], rows.stopped[alive]
+    alive = columns.attached[rows.slots] & rows.has
+    slots, tokens, stopped = rows.slots, rows.token_ids, rows.stopped
+    all_alive = bool(alive.all())
+    if not all_alive:
+        slots, tokens, stopped = slots[alive], tokens[alive], stopped[alive]
     at = columns.num_tokens[slots]
-    columns.token_ids[slots, at] = tokens
-    columns.num_tokens[slots] = at + 1
-    reasons = np.where(at + 1 >= columns.max_total[slots], LENGTH, UNFINISHED)
-    reasons = np.where(stopped, STOP, reasons).astype(np.uint8)
+    columns.append_tokens(slots, at, tokens)
+    reasons = np.where(at + 1 >= columns.max_total[slots], np.uint8(LENGTH), np.uint8(UNFINISHED))
+    reasons[stopped] = STOP
     applied.num_tokens = len(slots)
     if len(slots):
         logprobs = rows.logprobs
-        if logprobs is not None:
-            logprobs = logprobs.take(alive[rows.num_outputs > 0])
+        if logprobs is not None and not all_alive:
+            logprobs = logprobs.take(alive[rows.has])
         outputs = Outputs(
             handles=columns.handle[slots],
             attempts=columns.attempt[slots],
-            first_indices=(at - columns.num_prompt_tokens[slots]).astype(np.uint32),
+            first_indices=(at - columns.num_prompt_tokens[slots]).view(np.uint32),
             num_tokens=np.ones(len(slots), np.uint32),
             token_ids=tokens,
             finish_reasons=reasons,
             stop_token_ids=np.where(stopped, tokens, np.int32(-1)),
-            num_cached_tokens=columns.num_cached_tokens[slots].astype(np.uint32),
+            num_cached_tokens=columns.num_cached_tokens[slots].view(np.uint32),
             deaths=columns.deaths[slots],
             logprobs=logprobs,
         )
         applied.outputs = split(outputs, columns.client[slots])
-    over = reasons != UNFINISHED
-    for slot, reason in zip(slots[over].tolist(), reasons[over].tolist(), strict=True):
-        request = columns.requests[slot]
+    for i in np.flatnonzero(reasons != UNFINISHED).tolist():
+        request = columns.requests[slots[i]]
         assert request is not None
         state.finish(request)
-        applied.ended.append((request, reason))
-    silent = rows.slots[columns.attached[rows.slots] & (rows.num_outputs == 0)]
+        applied.ended.append((request, int(reasons[i])))
+    silent: list[int] = []
+    if not all_alive:
+        silent = rows.slots[columns.attached[rows.slots] & ~rows.has].tolist()
     named = {slot for slot, *_ in errors}
-    for slot in silent.tolist():
+    for slot in silent:
         if slot in rows.pooled:
             _pool(state, slot, rows.pooled[slot], applied)
         elif slot not in named:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from quire.step_cost import StepSize, attended
-from quire_scheduler.columns import I32
+from quire_scheduler.columns import I32, Columns, Slots
 from quire_scheduler.plan import Plan
 from quire_scheduler.request import Request
 from quire_scheduler.shares import SHARERS, Limits, blocks_for, hand_out, pick_victim
@@ -25,22 +25,22 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     """
     columns, kv = state.columns, state.kv
     plan = Plan(epoch, seq)
-    slots = runnable(state)
+    slots, wanted = prompts_last(columns, runnable(state))
     rivals, wants = _rivals(state, limits)
-    wanted = columns.wanted[slots]
     for_prompts = _for_prompts(state, limits, slots, wanted, bool(rivals))
     nums, shares = hand_out(
         wanted, columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
     )
-    has_row = nums > 0
-    slots, nums = slots[has_row], nums[has_row]
+    if nums.min(initial=1) < 1:
+        has_row = nums > 0
+        slots, nums, wanted = slots[has_row], nums[has_row], wanted[has_row]
 
-    num_running = len(state.running)
-    slots, nums = _make_room(state, plan, slots, nums)
-    preempted = len(state.running) < num_running
-    _commit_running(state, plan, slots, nums)
-    if not preempted:
-        left = limits.max_num_batched_tokens - int(nums.sum())
+    num_running = state.num_running
+    slots, nums, wanted = _make_room(state, plan, slots, nums, wanted)
+    preempted = state.num_running < num_running
+    _commit_running(state, plan, slots, nums, wanted)
+    if state.num_waiting and not preempted:
+        left = limits.max_num_batched_tokens - plan.total_tokens
         left = min(left, for_prompts - int(nums[nums > 1].sum()))
         _admit(state, limits, plan, left, dict(zip(rivals, shares, strict=True)))
     if not len(plan.slots) and (state.in_flight or not state.to_retire):
@@ -52,9 +52,9 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     return plan
 
 
-def runnable(state: State) -> I32:
-    """Running slots that may have a row: those whose tokens in flight do not complete them, and,
-    while suspects are on probation, only theirs."""
+def runnable(state: State) -> Slots:
+    """Running slots that may have a row, ascending: those whose tokens in flight do not complete
+    them, and, while suspects are on probation, only theirs."""
     columns = state.columns
     slots = state.running_slots
     ok = columns.num_tokens[slots] + columns.num_pending[slots] < columns.max_total[slots]
@@ -62,16 +62,28 @@ def runnable(state: State) -> I32:
         for i, slot in enumerate(slots.tolist()):
             request = columns.requests[slot]
             ok[i] &= request is not None and state.probation.is_member(request)
-    chosen: I32 = slots[ok]
-    return chosen
+    return slots if ok.all() else slots[ok]
 
 
-def _for_prompts(state: State, limits: Limits, slots: I32, wanted: I32, rivals: bool) -> int:
+def prompts_last(columns: Columns, slots: Slots) -> tuple[Slots, I32]:
+    """The slots [n] and what they want [n]: decoding ones, then prompts in order of admission."""
+    wanted = columns.wanted(slots)
+    if wanted.max(initial=1) <= 1:
+        return slots, wanted
+    prompts = slots[wanted > 1]
+    prompts = prompts[columns.started[prompts].argsort()]
+    slots = np.concatenate((slots[wanted <= 1], prompts))
+    return slots, columns.wanted(slots)
+
+
+def _for_prompts(state: State, limits: Limits, slots: Slots, wanted: I32, rivals: bool) -> int:
     """Tokens that prompts may have in this step, so that the rows decoding beside them keep their
     pace. Without such rows, or without a target, all of the budget."""
     budget = limits.max_num_batched_tokens
+    if limits.prompt_tokens is None or not (rivals or (wanted > 1).any()):
+        return budget
     decoding = slots[wanted == 1]
-    if limits.prompt_tokens is None or not len(decoding) or not (rivals or (wanted > 1).any()):
+    if not len(decoding):
         return budget
     lengths = int(state.columns.num_computed_tokens[decoding].sum()) + len(decoding)
     size = StepSize(len(decoding), lengths, lengths, len(decoding))
@@ -85,7 +97,7 @@ def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
     rivals: list[Request] = []
     wants: list[int] = []
     kv = state.kv
-    room = min(SHARERS, len(state.columns.free), limits.max_num_seqs - len(state.running))
+    room = min(SHARERS, state.columns.num_free, limits.max_num_seqs - state.num_running)
     for request in state.queue.first(room) if room > 0 else ():
         cached = 0
         if request.slot < 0:
@@ -97,22 +109,21 @@ def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
     return rivals, wants
 
 
-def _make_room(state: State, plan: Plan, slots: I32, nums: I32) -> tuple[I32, I32]:
+def _make_room(
+    state: State, plan: Plan, slots: Slots, nums: I32, wanted: I32
+) -> tuple[Slots, I32, I32]:
     """Blocks for the rows; preempts until they fit. Returns the rows that are left."""
     columns, kv = state.columns, state.kv
     while len(slots):
         ends = columns.num_computed_tokens[slots] + nums
-        need = blocks_for(ends, kv.block_size) - columns.num_blocks[slots]
-        hungry = np.flatnonzero(need > 0)
-        if not len(hungry):
+        short = np.flatnonzero(ends > kv.tables.num_blocks[slots] * kv.block_size)
+        if not len(short):
             break
-        need = need[hungry]
-        rows = slots[hungry]
-        handles = [columns.kv[slot] for slot in rows.tolist()]
-        ids = kv.allocate_many([h for h in handles if h is not None], need)
+        rows = slots[short]
+        need = blocks_for(ends[short], kv.block_size) - kv.tables.num_blocks[rows]
+        ids = kv.allocate_many(rows, need)
         if ids is not None:
-            columns.num_blocks[rows] += need
-            plan.new_block_rows = np.repeat(rows, need)
+            plan.new_block_rows = rows if len(ids) == len(rows) else np.repeat(rows, need)
             plan.new_block_ids = ids
             break
         victim = pick_victim(columns, state.running_slots)
@@ -120,49 +131,58 @@ def _make_room(state: State, plan: Plan, slots: I32, nums: I32) -> tuple[I32, I3
         assert request is not None
         state.preempt(request)
         keep = slots != victim
-        slots, nums = slots[keep], nums[keep]
-    return slots, nums
+        slots, nums, wanted = slots[keep], nums[keep], wanted[keep]
+    return slots, nums, wanted
 
 
-def _commit_running(state: State, plan: Plan, slots: I32, nums: I32) -> None:
+def _commit_running(state: State, plan: Plan, slots: Slots, nums: I32, wanted: I32) -> None:
     columns = state.columns
-    sampling = nums == columns.wanted[slots]
     start = columns.num_computed_tokens[slots]
-    plan.slots, plan.num_tokens = slots, nums
-    plan.flags = np.where(sampling, columns.flags[slots], np.uint8(0)).astype(np.uint8)
-    ends = start.astype(np.int64) + nums
-    plan.num_context_tokens = int(ends.sum())
-    plan.num_attended_tokens = int((nums * ends - nums * (nums - 1) // 2).sum())
-    columns.num_computed_tokens[slots] = start + nums
-    columns.num_pending[slots] += sampling
-    columns.num_in_flight[slots] += 1
+    ends = start + nums
+    flags = columns.flags[slots]
+    plan.slots, plan.num_tokens, plan.flags = slots, nums, flags
+    plan.total_tokens = int(nums.sum())
+    plan.num_context_tokens = plan.num_attended_tokens = int(ends.sum())
+    plan.num_sampled = len(slots)
+    sampling = slots
+    if plan.total_tokens > len(slots):  # with prompts
+        wide = nums.astype(np.int64)
+        plan.num_attended_tokens = int((wide * ends - wide * (wide - 1) // 2).sum())
+        whole = nums == wanted
+        sampling = slots[whole]
+        plan.num_sampled = len(sampling)
+        plan.flags = np.where(whole, flags, np.uint8(0))
+    columns.num_computed_tokens[slots] = ends
+    columns.num_pending[sampling] += 1
     columns.last_seq[slots] = plan.seq
     # Forced tokens are published when the plan that computes them is made: later requests of this
     # very plan may share them, for a step writes KV before it attends.
-    forced = np.minimum(columns.num_forced[slots], start + nums)
-    publish(state, slots, forced, plan.seq)
+    forced = np.flatnonzero(start < columns.num_forced[slots])
+    if len(forced):
+        slots = slots[forced]
+        publish(state, slots, np.minimum(columns.num_forced[slots], ends[forced]), plan.seq)
 
 
-def publish(state: State, slots: I32, known: I32, seq: int) -> None:
+def publish(state: State, slots: Slots, known: I32, seq: int) -> None:
     """Offer blocks that became full to the prefix cache: `known` [n] tokens of each slot."""
     columns, kv = state.columns, state.kv
     full = known // kv.block_size
-    for i in np.flatnonzero(full > columns.num_published[slots]).tolist():
+    for i in np.flatnonzero(full > kv.tables.num_published[slots]).tolist():
         slot = int(slots[i])
         handle = columns.kv[slot]
         assert handle is not None
         kv.publish(handle, columns.token_ids[slot, : known[i]], seq)
-        columns.num_published[slot] = full[i]
 
 
 def publish_outputs(state: State, seq: int) -> None:
-    """Output blocks whose content is certain: all but the last confirmed token. Deferred work,
-    done while the worker computes."""
+    """Output blocks whose content is certain (all but the last confirmed token), and the names of
+    all that is published. Deferred work, done while the worker computes."""
+    columns, kv = state.columns, state.kv
     slots = state.running_slots
-    if len(slots):
-        columns = state.columns
-        known = np.minimum(columns.num_tokens[slots] - 1, columns.num_computed_tokens[slots])
-        publish(state, slots, known, seq)
+    known = np.minimum(columns.num_tokens[slots] - 1, columns.num_computed_tokens[slots])
+    full = known // kv.block_size
+    new = np.flatnonzero(full > kv.tables.num_published[slots])
+    kv.publish_many(slots[new], full[new], columns.token_blocks, seq)
 
 
 def _admit(
@@ -174,14 +194,17 @@ def _admit(
     rows: list[tuple[int, int, int]] = []  # slot, tokens, flags
     whole = bool((plan.num_tokens > 1).any())  # a prompt is in this step already
     reserved = sum(shares.values())
-    while budget > 0 and columns.free and len(state.running) < limits.max_num_seqs:
+    while budget > 0 and columns.num_free and state.num_running < limits.max_num_seqs:
         head = queue.first(1)
         if not head or head[0].slot >= 0:  # its tokens are still in flight
             break
         request = head[0]
         reserved -= shares.pop(request, 0)
         cached, handle = kv.match_prefix(
-            request.tokens, request.namespace, owner=request.request_id
+            request.tokens,
+            request.namespace,
+            owner=request.request_id,
+            row=columns.next_free,
         )
         wanted = len(request.tokens) - cached
         count = min(wanted, max(budget - reserved, 1))
@@ -196,22 +219,22 @@ def _admit(
             break
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = min(cached, request.num_prompt_tokens)
-        slot = columns.free.pop()
-        columns.attach(request, slot, handle, cached)
-        state.start(request, slot)
+        slot = columns.attach(request, handle, cached)
+        state.start(request)
         columns.num_computed_tokens[slot] = end
         columns.num_pending[slot] = count == wanted
-        columns.num_in_flight[slot] = 1
         columns.last_seq[slot] = plan.seq
         publish(state, np.array([slot]), np.array([end], np.int32), plan.seq)
         plan.admitted.append((request, cached))
+        plan.total_tokens += count
+        plan.num_sampled += count == wanted
         plan.num_context_tokens += end
         plan.num_attended_tokens += attended(count, end)
         rows.append((slot, count, request.row_flags if count == wanted else 0))
         budget -= count
     if rows:
         table = np.array(rows, np.int32)
-        plan.slots = np.concatenate((plan.slots, table[:, 0]))
+        plan.slots = np.concatenate((plan.slots, table[:, 0].astype(np.intp)))
         plan.num_tokens = np.concatenate((plan.num_tokens, table[:, 1]))
         plan.flags = np.concatenate((plan.flags, table[:, 2].astype(np.uint8)))
 
@@ -223,7 +246,7 @@ def _has_room(state: State, request: Request, num_cached_blocks: int) -> bool:
     running = state.running_slots
     if not len(running):
         return True
-    owed = blocks_for(columns.num_tokens[running], kv.block_size) - columns.num_blocks[running]
+    owed = blocks_for(columns.num_tokens[running], kv.block_size) - kv.tables.num_blocks[running]
     need = -(-len(request.tokens) // kv.block_size) - num_cached_blocks
     headroom = 1 + len(running) // 16
     if request.num_preemptions:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.step_cost import StepSize
-from quire_scheduler.columns import I32, Columns
+from quire_scheduler.columns import I32, Columns, Slots
 
 SHARERS = 4  # prompts that share the budget; more at once would only delay the first ones
 
@@ -42,6 +42,8 @@ def hand_out(
     small for all); what is left, at most `for_prompts`, is shared fairly among prompts, running
     ones first. A quarter stays for running prompts, so that decoding rows can't starve them.
     """
+    if not rivals and len(wanted) <= budget and wanted.max(initial=1) <= 1:
+        return wanted, []  # a row each
     nums = np.zeros_like(wanted)
     single = np.flatnonzero(wanted == 1)
     prompts = np.flatnonzero(wanted > 1)
@@ -71,7 +73,7 @@ def water_fill(wants: Sequence[int], budget: int) -> list[int]:
     return shares
 
 
-def pick_victim(columns: Columns, slots: I32) -> int:
+def pick_victim(columns: Columns, slots: Slots) -> int:
     """Of the slots [n >= 1], the one whose preemption loses least: lowest priority, then fewest
     tokens to compute again (none if those in flight complete it), then the latest arrival."""
     done = columns.num_tokens[slots] + columns.num_pending[slots] >= columns.max_total[slots]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quire_scheduler.columns import I32, Columns
+from quire_scheduler.columns import Columns, Slots
 from quire_scheduler.kv import KVManager
 from quire_scheduler.probation import Probation
 from quire_scheduler.request import Request
@@ -28,19 +28,33 @@ class State:
         self.kv = kv
         self.waiting = WaitingQueue(policy)
         self.probation = Probation(policy)
-        self.running: list[int] = []  # slots, in order of admission
         self.to_retire: list[int] = []  # slots the next plan gives up
         self.in_flight: list[Plan] = []  # sent, not acknowledged, oldest first
         self.leaving: set[int] = set()  # slots of preempted requests with tokens in flight
         self.num_preemptions = 0
-        self._running_slots: I32 | None = None
+        self.num_running = 0
+        self.acknowledged = 0  # last plan of this epoch whose result is here
+        self._num_started = 0
+        self._running_slots: Slots | None = None  # while nobody comes or goes
 
     @property
-    def running_slots(self) -> I32:
-        """`running` as an array [num_running]."""
+    def running_slots(self) -> Slots:
+        """Slots of running requests [num_running], ascending."""
         if self._running_slots is None:
-            self._running_slots = np.array(self.running, np.int32)
+            self._running_slots = np.flatnonzero(self.columns.running)
         return self._running_slots
+
+    @property
+    def last_started(self) -> Request:
+        """Of the running requests the one that was admitted last."""
+        slots = self.running_slots
+        request = self.columns.requests[slots[self.columns.started[slots].argmax()]]
+        assert request is not None
+        return request
+
+    def in_flight_still(self, request: Request) -> bool:
+        """Whether a plan that is not acknowledged has a row of this request."""
+        return request.slot >= 0 and bool(self.columns.last_seq[request.slot] > self.acknowledged)
 
     @property
     def queue(self) -> WaitingQueue:
@@ -51,10 +65,13 @@ class State:
     def num_waiting(self) -> int:
         return len(self.waiting) + self.probation.num_waiting
 
-    def start(self, request: Request, slot: int) -> None:
-        """The request, attached to the slot already, leaves the queue and runs."""
+    def start(self, request: Request) -> None:
+        """The request, attached to its slot already, leaves the queue and runs."""
         self.queue.discard(request)
-        self.running.append(slot)
+        self._num_started += 1
+        self.columns.started[request.slot] = self._num_started
+        self.columns.running[request.slot] = True
+        self.num_running += 1
         self._running_slots = None
 
     def preempt(self, request: Request) -> None:
@@ -64,7 +81,7 @@ class State:
         request.resumed = True
         request.num_preemptions += 1
         self.num_preemptions += 1
-        if request.num_in_flight:
+        if self.in_flight_still(request):
             self.leaving.add(request.slot)
         else:
             self.columns.detach(request, keep_tokens=True)
@@ -78,7 +95,7 @@ class State:
         self.waiting.discard(request)
         self.probation.discard(request)
         if request.slot >= 0:
-            if request.slot in self.running:
+            if self.columns.running[request.slot]:
                 self._stop(request)
             self.leaving.discard(request.slot)
             self.columns.detach(request, keep_tokens=False)
@@ -89,9 +106,9 @@ class State:
         """The plan is done: what it retired is free, what it wrote is certain."""
         columns = self.columns
         self.in_flight.remove(plan)
-        columns.num_in_flight[plan.slots] -= 1
+        self.acknowledged = plan.seq
         columns.num_pending[plan.sampled] -= 1
-        columns.free.extend(plan.retired_slots.tolist())
+        columns.give_back(plan.retired_slots)
         self.kv.acknowledge(plan.seq)
 
     def settle(self) -> None:
@@ -99,7 +116,7 @@ class State:
         any more leave their old slots."""
         for slot in list(self.leaving):
             request = self.columns.requests[slot]
-            if request is not None and not request.num_in_flight:
+            if request is not None and not self.in_flight_still(request):
                 self.leaving.remove(slot)
                 self.columns.detach(request, keep_tokens=True)
 
@@ -119,16 +136,15 @@ class State:
             assert request is not None
             columns.detach(request, keep_tokens=True)
             request.resumed = True
-            if slot in self.running:
+            if columns.running[slot]:
                 out.append(request)
-        self.running.clear()
+        columns.running[:] = False
+        self.num_running = self.acknowledged = 0
         self._running_slots = None
         self.to_retire.clear()
         self.in_flight.clear()
         self.leaving.clear()
-        columns.num_in_flight[:] = 0
-        columns.num_pending[:] = 0
-        columns.free = list(range(columns.max_slots - 1, -1, -1))
+        columns.clear()
         self.kv.reset_unacknowledged()
         return out
 
@@ -152,24 +168,28 @@ class State:
         columns = self.columns
         attached = set(np.flatnonzero(columns.attached).tolist())
         flying = {slot for plan in self.in_flight for slot in plan.retired_slots.tolist()}
+        running = set(self.running_slots.tolist())
         free, retiring = set(columns.free), set(self.to_retire) | flying
-        assert len(free) == len(columns.free), "a slot is free twice"
+        assert running == set(np.flatnonzero(columns.running).tolist()), "running slots are stale"
+        assert len(running) == self.num_running, "running requests are miscounted"
+        assert len(free) == columns.num_free, "a slot is free twice"
         assert not free & (attached | retiring), "a slot is free and in use"
-        assert set(self.running) <= attached, "a running slot has no request"
-        assert len(free) + len(set(self.running) | retiring) == columns.max_slots, "lost slots"
+        assert running <= attached, "a running slot has no request"
+        assert len(free) + len(running | retiring) == columns.max_slots, "lost slots"
         for slot in attached:
             request = columns.requests[slot]
             assert request is not None and request.slot == slot and not request.finished
             kv = columns.kv[slot]
             assert kv is not None
-            if slot in self.running:
-                assert kv.live and kv.num_blocks == columns.num_blocks[slot]
+            if slot in running:
+                assert kv.live and kv.row == slot
                 room = kv.num_blocks * self.kv.block_size
                 assert columns.num_computed_tokens[slot] <= room, "computed beyond its blocks"
         if not self.in_flight:
-            assert not columns.num_in_flight.any() and not columns.num_pending[list(attached)].any()
-            running = self.running_slots
-            assert (columns.wanted[running] >= 1).all(), "a running request wants nothing"
+            assert (columns.last_seq <= self.acknowledged).all(), "a plan was lost"
+            assert not columns.num_pending[list(attached)].any(), "tokens of no plan are awaited"
+            wanted = columns.wanted(self.running_slots)
+            assert (wanted >= 1).all(), "a running request wants nothing"
         for request in live:
             in_slot = request.slot >= 0
             queued = request in self.waiting or self.probation.holds(request)
@@ -183,7 +203,8 @@ class State:
         kv = self.columns.kv[slot]
         assert kv is not None
         self.kv.release(kv)
-        self.running.remove(slot)
+        self.columns.running[slot] = False
+        self.num_running -= 1
         self._running_slots = None
         self.to_retire.append(slot)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from quire_scheduler.kv.blocks import NULL_BLOCK, BlockAccountingError, BlockIds
 from quire_scheduler.kv.names import NAME_BYTES
+from quire_scheduler.kv.naming import PREPARED, UNTOLD
 from quire_scheduler.kv.radix import NO_BLOCKS, Node
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def explain_block(kv: KVManager, block_id: int) -> BlockInfo:
         state = "cached"
     else:
         state = "fenced" if holders == int(pool.fence_refs[block_id]) else "used"
-    owners = tuple(handle.owner for handle in kv.handles if block_id in handle.block_ids)
+    owners = tuple(handle.owner for handle in kv.handles.values() if block_id in handle.block_ids)
     age, hits, name = None, 0, kv.index.name_of(block_id)
     for node in kv.tree.nodes():
         where = np.flatnonzero(node.ids == block_id)
         if len(where):
             start = int(where[0]) * NAME_BYTES
-            name = node.names[start : start + NAME_BYTES] or None
+            name = bytes(node.names[start : start + NAME_BYTES]) or None
             age, hits = kv.clock() - node.created, node.hits
     return BlockInfo(block_id, state, "device", owners, holders, age, hits, name)
 
@@ -73,7 +74,11 @@ def check_books(kv: KVManager) -> None:
     if len(wrong):
         raise BlockAccountingError(f"block {wrong[0]}: pool and indexes disagree on keeping it")
 
-    held = _all([ids for handle in kv.handles for ids in (handle.block_ids, handle.shared)])
+    tables = kv.tables
+    if not np.array_equal(np.flatnonzero(tables.live), sorted(kv.handles)):
+        raise BlockAccountingError("the rows of the block tables differ from the handles")
+    handles = list(kv.handles.values())
+    held = _all([ids for handle in handles for ids in (handle.block_ids, handle.shared)])
     refs = np.bincount(held, minlength=pool.num_blocks) + pool.fence_refs
     wrong = np.flatnonzero(refs != pool.refs)
     if len(wrong):
@@ -82,11 +87,12 @@ def check_books(kv: KVManager) -> None:
         )
 
     locks: dict[Node, int] = {}
-    for handle in kv.handles:
+    for handle in handles:
         step = handle.node
         while step is not None:
             locks[step] = locks.get(step, 0) + 1
             step = step.parent
+    prepared = kv.ledger.waiting(pool.kept)
     for node in nodes:
         if node.ref != locks.get(node, 0):
             raise BlockAccountingError(f"a node counts {node.ref} locks, has {locks.get(node, 0)}")
@@ -94,9 +100,11 @@ def check_books(kv: KVManager) -> None:
         if (live != node.ref).any():
             bad = node.ids[live != node.ref][0]
             raise BlockAccountingError(f"block {bad} and its node differ in holders")
-        if len(node.names) > NAME_BYTES * len(node.ids):
+        if len(node.names) > NAME_BYTES * node.num_blocks:
             raise BlockAccountingError("a node has more names than blocks")
-        if (kv.ledger.named_seq[node.ids] < 0).any() and node not in kv.tree.unnamed:
+        named = kv.ledger.named_seq[node.ids]
+        lost = (named == PREPARED) & ~np.isin(node.ids, prepared)
+        if lost.any() or ((named == UNTOLD).any() and node not in kv.tree.unnamed):
             raise BlockAccountingError("a block's name will never be told to the worker")
     if any(node.ref != locks.get(node, 0) for node in kv.tree.roots.values()):
         raise BlockAccountingError("a root's locks differ from the handles below it")

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from quire_scheduler.kv.blocks import BlockIds
-from quire_scheduler.kv.radix import Node
+from quire_scheduler.kv.radix import NO_BLOCKS, Node
+from quire_scheduler.kv.tables import BlockTables
 
 
 @dataclass(slots=True)
@@ -29,10 +28,9 @@ class KVHandle:
     """Comes from match_prefix, goes back by release. Identity is the object's."""
 
     owner: str
+    tables: BlockTables
+    row: int  # of the tables; nobody else's while the handle lives
     node: Node | None  # lock receipt and tree cursor; None without prefix caching
-    table: BlockIds  # [capacity]
-    num_blocks: int
-    num_published: int  # leading blocks already offered to the tree
     num_cached_tokens: int
     num_query_tokens: int  # 0 = not a query
     shared: BlockIds  # tree blocks equal to private ones in the table, held beside them
@@ -41,15 +39,14 @@ class KVHandle:
 
     @property
     def block_ids(self) -> BlockIds:
-        """The block table, int32 [num_blocks]: a view, valid until the next allocation."""
-        return self.table[: self.num_blocks]
+        """The block table, int32 [num_blocks]: a view, valid until the release."""
+        return self.tables.of(self.row) if self.live else NO_BLOCKS
 
-    def append(self, ids: BlockIds) -> None:
-        """Blocks `ids` [n] at the table's end."""
-        have, want = self.num_blocks, self.num_blocks + len(ids)
-        if want > len(self.table):
-            table = np.empty(2 * want, np.int32)
-            table[:have] = self.table[:have]
-            self.table = table
-        self.table[have:want] = ids
-        self.num_blocks = want
+    @property
+    def num_blocks(self) -> int:
+        return int(self.tables.num_blocks[self.row]) if self.live else 0
+
+    @property
+    def num_published(self) -> int:
+        """Leading blocks already offered to the tree."""
+        return int(self.tables.num_published[self.row]) if self.live else 0

@@ -7,7 +7,7 @@ has the rules for callers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import cast
 
 import numpy as np
@@ -17,10 +17,18 @@ from quire_scheduler.kv import eviction
 from quire_scheduler.kv.blocks import BlockAccountingError, BlockIds, BlockPool
 from quire_scheduler.kv.explain import BlockInfo, check_books, explain_block
 from quire_scheduler.kv.handle import KVHandle, KVStats
-from quire_scheduler.kv.names import NAME_BYTES, ModelIdentity, Namespace, root_of, token_bytes
+from quire_scheduler.kv.names import (
+    NAME_BYTES,
+    ModelIdentity,
+    Namespace,
+    next_name,
+    root_of,
+    token_bytes,
+)
 from quire_scheduler.kv.naming import NameIndex, NameLedger
 from quire_scheduler.kv.radix import NO_BLOCKS, Node, RadixTree
 from quire_scheduler.kv.recovery import adopt, drop_unacknowledged, find_by_name
+from quire_scheduler.kv.tables import BlockTables, Rows
 
 
 class KVManager:
@@ -35,7 +43,11 @@ class KVManager:
         enable_prefix_caching: bool = True,
         eviction_policy: str = "lru",
         clock: Callable[[], float] = time.monotonic,
+        max_requests: int = 1024,
+        max_blocks_per_request: int = 0,
     ) -> None:
+        """At most `max_requests` handles are live at once; none needs more than
+        `max_blocks_per_request` blocks (0 = all there are)."""
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}: it must be at least 1")
         self.block_size = block_size
@@ -44,6 +56,8 @@ class KVManager:
         self.stats = KVStats()
         self.clock = clock
         self._policy = eviction.policy(eviction_policy)
+        self._max_requests = max_requests
+        self._max_blocks = max_blocks_per_request or num_blocks
         self._start(num_blocks)
 
     def _start(self, num_blocks: int) -> None:
@@ -52,7 +66,8 @@ class KVManager:
         self.tree = RadixTree(4 * self.block_size, self._policy, self.clock, self._root_name)
         self.ledger = NameLedger(num_blocks)
         self.index = NameIndex()
-        self.handles: dict[KVHandle, None] = {}
+        self.tables = BlockTables(self._max_requests, self._max_blocks)
+        self.handles: dict[int, KVHandle] = {}  # live ones by row of the tables
         self.acknowledged = 0  # highest plan of this epoch with a result
 
     # -- a request comes in
@@ -63,12 +78,15 @@ class KVManager:
         namespace: Namespace,
         *,
         owner: str = "",
+        row: int | None = None,
         use_cache: bool = True,
     ) -> tuple[int, KVHandle]:
         """Locks the longest cached prefix of `tokens` [num_tokens]: (num_cached_tokens, handle).
 
         At least the last token is left to compute. use_cache=False hits nothing but may publish.
+        `row` of the block tables is the caller's choice (its slot), by default any free one.
         """
+        row = self.tables.open(row)
         node: Node | None = None
         ids = NO_BLOCKS
         if self.enable_prefix_caching:
@@ -82,17 +100,18 @@ class KVManager:
                 node, grafted = self._graft(node, data, len(ids), max_blocks)
                 ids = np.concatenate((ids, grafted))
         num_cached_tokens = len(ids) * self.block_size
+        self.tables.extend(row, ids)
+        self.tables.num_published[row] = len(ids)
         handle = KVHandle(
             owner,
+            self.tables,
+            row,
             node,
-            table=np.concatenate((ids, np.empty(16, np.int32))),
-            num_blocks=len(ids),
-            num_published=len(ids),
             num_cached_tokens=num_cached_tokens,
             num_query_tokens=len(tokens) if use_cache and self.enable_prefix_caching else 0,
             shared=NO_BLOCKS,
         )
-        self.handles[handle] = None
+        self.handles[row] = handle
         return num_cached_tokens, handle
 
     def peek_prefix(self, tokens: NDArray[np.int32], namespace: Namespace) -> int:
@@ -114,23 +133,17 @@ class KVManager:
         ids = self._allocate(num_blocks)
         if ids is not None:
             self._count(handle)
-            handle.append(ids)
+            self.tables.extend(handle.row, ids)
         return ids
 
-    def allocate_many(
-        self, handles: Sequence[KVHandle], counts: NDArray[np.int32]
-    ) -> BlockIds | None:
-        """allocate_for over handles [n] with counts [n], all or nothing: int32 [sum(counts)]."""
-        for handle in handles:
-            self._require_live(handle)
+    def allocate_many(self, rows: Rows, counts: NDArray[np.int32]) -> BlockIds | None:
+        """allocate_for over distinct rows [n] of the tables with counts [n >= 1], all or nothing:
+        int32 [sum(counts)], in order. For requests that run: it counts no query."""
+        if not self.tables.live[rows].all():
+            raise ValueError("a row of the block tables has no live handle: match the request anew")
         ids = self._allocate(int(counts.sum()))
-        if ids is None:
-            return None
-        start = 0
-        for handle, count in zip(handles, counts.tolist(), strict=True):
-            self._count(handle)
-            handle.append(ids[start : start + count])
-            start += count
+        if ids is not None:
+            self.tables.append(rows, counts, ids)
         return ids
 
     @property
@@ -154,10 +167,10 @@ class KVManager:
                 f"has {handle.num_blocks}: allocate before publishing"
             )
         self._count(handle)
-        handle.num_published = last
+        self.tables.num_published[handle.row] = last
         if handle.node is None:
             return 0
-        ids = handle.table[first:last]
+        ids = handle.block_ids[first:last]
         data = token_bytes(tokens[first * self.block_size : last * self.block_size])
         handle.node, shared, displaced = self.tree.insert(handle.node, data, ids)
         entered = ids[len(shared) :]
@@ -170,19 +183,57 @@ class KVManager:
             self.pool.unkeep(displaced)
         return len(entered)
 
+    def publish_many(
+        self, rows: Rows, num_full: NDArray[np.int32], tokens: NDArray[np.int32], seq: int
+    ) -> None:
+        """publish() for `rows` [n] of the tables, each beyond what it published before: the first
+        num_full [n] blocks of its row of `tokens` [max_requests, blocks, block_size].
+
+        Hashes the names too, of these and of all that is published: it is deferred work.
+        """
+        self.prepare_names()
+        if not len(rows):
+            return
+        first = self.tables.num_published[rows]
+        slow = np.arange(len(rows))
+        if self.enable_prefix_caching and (num_full - first == 1).all():
+            nodes = [self.handles[row].node for row in rows.tolist()]
+            ids = self.tables.ids[rows, first]
+            names, others = self.tree.grow(
+                cast(list[Node], nodes), tokens[rows, first].tobytes(), ids.tobytes(), next_name
+            )
+            slow = np.array(others, np.intp)
+            if others:
+                ids, rows_grown = np.delete(ids, slow), np.delete(rows, slow)
+            else:
+                rows_grown = rows
+            self.tables.num_published[rows_grown] += 1
+            self.pool.keep(ids)
+            self.ledger.publish(ids, seq)
+            self.ledger.add(ids, b"".join(names))
+        for i in slow.tolist():
+            row = int(rows[i])
+            self.publish(self.handles[row], tokens[row, : num_full[i]].reshape(-1), seq)
+        if len(slow):
+            self.prepare_names()
+
+    def prepare_names(self) -> None:
+        """Hashes the names of blocks published so far, for the next take_named: deferred work."""
+        self.ledger.prepare(self.tree)
+
     def acknowledge(self, seq: int) -> None:
         """Plan `seq` was executed: what it wrote is certain, fences up to it are passed."""
         self.acknowledged = max(self.acknowledged, seq)
         self.pool.pass_fence(seq)
 
     def take_named(self, seq: int) -> tuple[BlockIds, bytes]:
-        """named_block_ids [n] and block_names (16 * n bytes) for plan `seq`.
+        """named_block_ids [n] and block_names (16 * n bytes) for plan `seq`, of what is prepared.
 
         Call it after the plan's last allocation: the worker applies names after new blocks.
         """
         if seq <= self.acknowledged:
             raise ValueError(f"plan {seq} was answered already: names go with a plan to come")
-        return self.ledger.take(self.tree, seq)
+        return self.ledger.take(seq, self.pool.kept)
 
     # -- the way out
 
@@ -193,8 +244,6 @@ class KVManager:
         """
         if not handle.live:
             return
-        del self.handles[handle]
-        handle.live = False
         if handle.node is not None:
             self.tree.unlock(handle.node)
         for ids in (handle.block_ids, handle.shared):
@@ -202,7 +251,9 @@ class KVManager:
                 self.pool.fence(ids, fence_seq)
             else:
                 self.pool.release(ids)
-        handle.node, handle.shared, handle.num_blocks = None, NO_BLOCKS, 0
+        del self.handles[handle.row]
+        self.tables.close(handle.row)
+        handle.node, handle.shared, handle.live = None, NO_BLOCKS, False
 
     # -- recovery
 
@@ -211,7 +262,7 @@ class KVManager:
 
         Fences now wait for plan 1 of the new epoch, before which a worker drains what they guard.
         """
-        for handle in list(self.handles):
+        for handle in list(self.handles.values()):
             self.release(handle)
         drop_unacknowledged(self.tree, self.ledger, self.pool, self.acknowledged)
         self.pool.refence(1)
@@ -219,7 +270,7 @@ class KVManager:
 
     def reset_all(self) -> None:
         """The worker's memory is gone: every handle dies, every block is free. Stats go on."""
-        for handle in list(self.handles):
+        for handle in list(self.handles.values()):
             self.release(handle)
         self._start(self.pool.num_blocks)
 

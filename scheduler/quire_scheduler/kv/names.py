@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 NAMING_VERSION = 1
 NAME_BYTES = 16
+_EMPTY = hashlib.blake2b(digest_size=NAME_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,19 @@ def token_bytes(tokens: NDArray[np.int32]) -> bytes:
     return tokens.astype("<i4", copy=False).tobytes()
 
 
+def next_name(previous: bytes | bytearray, block: bytes) -> bytes:
+    """Name of the block whose tokens are `block` (token_bytes), after a block of that name."""
+    digest = _EMPTY.copy()  # cheaper than reading the parameters again
+    digest.update(previous + block)
+    return digest.digest()
+
+
 def chain_bytes(previous: bytes, data: bytes, block_bytes: int) -> bytes:
     """Names of the whole blocks in `data` (token_bytes), 16 bytes each, following `previous`."""
     names: list[bytes] = []
     name = previous
     for start in range(0, len(data) - block_bytes + 1, block_bytes):
-        name = hashlib.blake2b(
-            name + data[start : start + block_bytes], digest_size=NAME_BYTES
-        ).digest()
+        name = next_name(name, data[start : start + block_bytes])
         names.append(name)
     return b"".join(names)
 

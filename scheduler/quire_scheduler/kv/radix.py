@@ -7,7 +7,7 @@ names are computed (names.py) or which policy is best (eviction.py).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from quire_scheduler.kv.eviction import PolicyKey
 from quire_scheduler.kv.names import NAME_BYTES
 
 NO_BLOCKS: BlockIds = np.zeros(0, np.int32)
+ID_BYTES = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -25,9 +26,10 @@ class Node:
     """A run of blocks. A root has no parent, no blocks, and its root name in `names`."""
 
     parent: Node | None
-    key: bytes  # tokens of the blocks, int32 little-endian [num_blocks * block_size]
-    ids: BlockIds  # [num_blocks]
-    names: bytes  # 16 bytes each of the first blocks; naming is deferred, so it may be shorter
+    # These three grow in place: a decoding request adds a block at a time to one long node.
+    key: bytearray  # tokens of the blocks, int32 little-endian [num_blocks * block_size]
+    packed: bytearray  # block ids, int32 in native order [num_blocks]
+    names: bytearray  # 16 bytes each of the first blocks; naming is deferred: it may be shorter
     created: float
     last_access: float
     hits: int = 0
@@ -35,6 +37,38 @@ class Node:
     stamp: int = 0  # of the valid heap entry; 0 = not evictable
     namespace: Hashable = None  # roots only
     children: dict[bytes, Node] = field(default_factory=dict)  # by the first block's bytes
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.packed) // ID_BYTES
+
+    @property
+    def ids(self) -> BlockIds:
+        """Block ids [num_blocks], a copy."""
+        return np.frombuffer(bytes(self.packed), np.int32)
+
+
+def make_node(
+    parent: Node | None,
+    key: bytes,
+    packed: bytes,
+    names: bytes,
+    now: float,
+    *,
+    ref: int = 0,
+    namespace: Hashable = None,
+) -> Node:
+    """A node of its own bytes, created and last used `now`."""
+    return Node(
+        parent,
+        bytearray(key),
+        bytearray(packed),
+        bytearray(names),
+        now,
+        now,
+        ref=ref,
+        namespace=namespace,
+    )
 
 
 class MatchResult(NamedTuple):
@@ -81,12 +115,12 @@ class RadixTree:
         node = self.roots.get(namespace)
         if node is None:
             now = self._clock()
-            root = Node(None, b"", NO_BLOCKS, b"", now, now, namespace=namespace)
+            root = make_node(None, b"", b"", b"", now, namespace=namespace)
             return MatchResult(root, 0, NO_BLOCKS)
         step = self.block_bytes
         pos, end = 0, max_blocks * step
         num_in_node = 0
-        parts: list[BlockIds] = []
+        parts: list[bytearray] = []
         while pos < end:
             child = node.children.get(data[pos : pos + step])
             if child is None:
@@ -94,21 +128,21 @@ class RadixTree:
             node = child
             if pos + len(child.key) <= end and data.startswith(child.key, pos):
                 pos += len(child.key)
-                num_in_node = len(child.ids)
-                parts.append(child.ids)
+                num_in_node = child.num_blocks
+                parts.append(child.packed)
                 continue
             num_in_node = self._common_blocks(child.key, data, pos, end)
-            parts.append(child.ids[:num_in_node])
+            parts.append(child.packed[: num_in_node * ID_BYTES])
             break
-        return MatchResult(node, num_in_node, np.concatenate(parts) if parts else NO_BLOCKS)
+        return MatchResult(node, num_in_node, np.frombuffer(b"".join(parts), np.int32))
 
     def lock(self, match: MatchResult) -> Node:
         """Protects the match and everything above it; returns the receipt, also the cursor."""
         node = match.node
-        if match.num_in_node < len(node.ids):
+        if match.num_in_node < node.num_blocks:
             node = self._split(node, match.num_in_node)
         elif node.parent is None and node.namespace not in self.roots:
-            node.names = self._root_name(node.namespace)
+            node.names = bytearray(self._root_name(node.namespace))
             self.roots[node.namespace] = node
         elif node.parent is None:
             node = self.roots[node.namespace]
@@ -147,30 +181,68 @@ class RadixTree:
             if child is None:
                 break
             common = self._common_blocks(child.key, data, done * step, n * step)
-            if common < len(child.ids):
+            if common < child.num_blocks:
                 child = self._split(child, common)
             if child.ref:
                 shared.append(child.ids)
             else:
                 displaced.append(child.ids)
-                child.ids = ids[done : done + common].copy()
+                child.packed = bytearray(ids[done : done + common].tobytes())
                 self.unnamed[child] = None
             self._hold(child, now)
             node = child
             done += common
         if done < n:
-            key, new_ids, new_names = data[done * step :], ids[done:], names[done * NAME_BYTES :]
+            key, packed, new_names = (
+                data[done * step :],
+                ids[done:].tobytes(),
+                names[done * NAME_BYTES :],
+            )
             if node.parent is not None and node.ref == 1 and not node.children:
                 node.key += key  # alone on a leaf: a decoding request grows one node
-                node.ids = np.concatenate((node.ids, new_ids))
+                node.packed += packed
                 node.names += new_names
             else:
-                leaf = Node(node, key, new_ids.copy(), new_names, now, now, ref=1)
+                leaf = make_node(node, key, packed, new_names, now, ref=1)
                 node.children[key[:step]] = leaf
                 node = leaf
             if not new_names:
                 self.unnamed[node] = None
         return InsertResult(node, _joined(shared), _joined(displaced))
+
+    def grow(
+        self,
+        nodes: Sequence[Node],
+        data: bytes,
+        packed: bytes,
+        next_name: Callable[[bytes | bytearray, bytes], bytes],
+    ) -> tuple[list[bytes], list[int]]:
+        """insert() of one block for each of `nodes` [n], whose callers hold them: data [n] blocks
+        of tokens, packed [n] ids, both as bytes; next_name(name before, block's bytes).
+
+        Returns the names of the blocks added, and the indices of nodes that need insert() itself:
+        those that are not a leaf of one request, or have blocks without a name.
+        """
+        step = self.block_bytes
+        names: list[bytes] = []
+        others: list[int] = []
+        for i, node in enumerate(nodes):
+            known = node.names
+            if (
+                node.ref != 1
+                or node.children
+                or node.parent is None
+                or len(known) * ID_BYTES != len(node.packed) * NAME_BYTES
+            ):
+                others.append(i)
+                continue
+            block = data[i * step : i * step + step]
+            name = next_name(known[-NAME_BYTES:], block)
+            node.key += block
+            node.packed += packed[i * ID_BYTES : i * ID_BYTES + ID_BYTES]
+            known += name
+            names.append(name)
+        return names, others
 
     def evict(self, max_blocks: int) -> BlockIds:
         """Drops up to max_blocks blocks from the tail of the policy's next leaf; empty if none."""
@@ -179,8 +251,8 @@ class RadixTree:
             if stamp != node.stamp:
                 heapq.heappop(self._heap)
                 continue
-            if max_blocks < len(node.ids):
-                return self.cut(node, len(node.ids) - max_blocks)
+            if max_blocks < node.num_blocks:
+                return self.cut(node, node.num_blocks - max_blocks)
             heapq.heappop(self._heap)
             return self.cut(node, 0)
         return NO_BLOCKS
@@ -189,14 +261,14 @@ class RadixTree:
         """Keeps the first num_left blocks of an unlocked leaf; returns the others."""
         if node.ref or node.children or node.parent is None:
             raise BlockAccountingError("only an unlocked leaf can be cut")
-        gone = node.ids[num_left:]
+        gone = np.frombuffer(bytes(node.packed[num_left * ID_BYTES :]), np.int32)
         if num_left:
-            node.key = node.key[: num_left * self.block_bytes]
-            node.ids = node.ids[:num_left].copy()
-            node.names = node.names[: num_left * NAME_BYTES]
+            del node.key[num_left * self.block_bytes :]
+            del node.packed[num_left * ID_BYTES :]
+            del node.names[num_left * NAME_BYTES :]
             return gone
         parent = node.parent
-        del parent.children[node.key[: self.block_bytes]]
+        del parent.children[bytes(node.key[: self.block_bytes])]
         node.parent = None
         node.stamp = 0
         self.evictable.discard(node)
@@ -221,9 +293,10 @@ class RadixTree:
         evictable: set[Node] = set()
         for node in self.nodes():
             parent = node.parent
-            if len(node.key) != len(node.ids) * self.block_bytes or not len(node.ids):
+            if len(node.key) != node.num_blocks * self.block_bytes or not node.num_blocks:
                 raise BlockAccountingError("an edge and its blocks differ in length")
-            if parent is None or parent.children.get(node.key[: self.block_bytes]) is not node:
+            first = bytes(node.key[: self.block_bytes])
+            if parent is None or parent.children.get(first) is not node:
                 raise BlockAccountingError("a node is not its parent's child")
             if node.ref < sum(child.ref for child in node.children.values()):
                 raise BlockAccountingError("a node has fewer locks than its children")
@@ -235,7 +308,7 @@ class RadixTree:
         if valid != evictable:
             raise BlockAccountingError("the eviction heap misses an evictable leaf")
 
-    def _common_blocks(self, key: bytes, data: bytes, pos: int, end: int) -> int:
+    def _common_blocks(self, key: bytearray, data: bytes, pos: int, end: int) -> int:
         """Whole blocks that `key` and data[pos:end] begin with alike."""
         size = min(len(key), end - pos)
         if data.startswith(key[:size], pos):
@@ -251,17 +324,17 @@ class RadixTree:
         upper = Node(
             parent,
             node.key[:cut],
-            node.ids[:k].copy(),
+            node.packed[: k * ID_BYTES],
             node.names[: k * NAME_BYTES],
             node.created,
             node.last_access,
             node.hits,
             node.ref,
         )
-        parent.children[upper.key[: self.block_bytes]] = upper
-        node.parent, node.key, node.ids = upper, node.key[cut:], node.ids[k:].copy()
-        node.names = node.names[k * NAME_BYTES :]
-        upper.children[node.key[: self.block_bytes]] = node
+        parent.children[bytes(upper.key[: self.block_bytes])] = upper
+        node.parent = upper
+        del node.key[:cut], node.packed[: k * ID_BYTES], node.names[: k * NAME_BYTES]
+        upper.children[bytes(node.key[: self.block_bytes])] = node
         if node in self.unnamed:
             self.unnamed[upper] = None
         return upper

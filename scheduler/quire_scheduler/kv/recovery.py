@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire_scheduler.kv.blocks import NULL_BLOCK, BlockIds, BlockPool
-from quire_scheduler.kv.names import NAME_BYTES, chain_bytes
+from quire_scheduler.kv.names import NAME_BYTES, next_name
 from quire_scheduler.kv.naming import NameIndex, NameLedger, complete_names
 from quire_scheduler.kv.radix import NO_BLOCKS, Node, RadixTree
 
@@ -58,11 +58,11 @@ def find_by_name(
     Names are computed one by one, so a miss costs one hash.
     """
     step = tree.block_bytes
-    name = complete_names(tree, node)[-NAME_BYTES:]
+    name = bytes(complete_names(tree, node)[-NAME_BYTES:])
     found: list[int] = []
     names: list[bytes] = []
     for start in range(0, max_blocks * step, step):
-        name = chain_bytes(name, data[start : start + step], step)
+        name = next_name(name, data[start : start + step])
         block_id = index.pop(name)
         if block_id is None:
             break

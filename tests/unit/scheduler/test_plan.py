@@ -72,7 +72,7 @@ def test_running_prompts_keep_a_quarter_of_the_budget():
 
 
 def test_the_victim_loses_least():
-    columns = Columns(4, 64)
+    columns = Columns(4, 64, 16)
     columns.max_total[:] = 60
     columns.num_tokens[:] = (30, 20, 40, 20)
     columns.num_computed_tokens[:] = (30, 20, 40, 20)
@@ -206,8 +206,8 @@ def test_tokens_in_flight_of_a_preempted_request_are_kept_before_it_runs_again()
     rig.turn()
     rig.engine.turn(0)
     state = rig.engine._driver.state
-    request = state.columns.requests[state.running[0]]
-    assert request.num_in_flight == 2
+    request = state.last_started
+    assert len(state.in_flight) == 2 and state.in_flight_still(request)
     known = request.num_tokens
     state.preempt(request)
     assert request.slot >= 0 and request in state.waiting

@@ -45,3 +45,9 @@ def admit(kv: KVManager, tokens: np.ndarray, *, owner: str = "", seq: int = 1) -
     assert grown is not None
     kv.publish(handle, tokens, seq)
     return handle
+
+
+def take_named(kv: KVManager, seq: int) -> tuple[np.ndarray, bytes]:
+    """What plan `seq` tells, with the deferred work done before."""
+    kv.prepare_names()
+    return kv.take_named(seq)

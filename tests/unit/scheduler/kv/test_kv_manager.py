@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kv_builders import BLOCK, NS, ROOT, admit, make_kv, prompt
+from kv_builders import BLOCK, NS, ROOT, admit, make_kv, prompt, take_named
 
 from quire_scheduler.kv import BlockAccountingError, Namespace
 from quire_scheduler.kv.names import chain
@@ -137,9 +137,10 @@ def test_refused_allocation_changes_nothing() -> None:
 def test_allocate_many_is_all_or_nothing() -> None:
     kv = make_kv(num_blocks=6)
     handles = [kv.match_prefix(prompt(4, first=100 * i), NS)[1] for i in range(3)]
-    assert kv.allocate_many(handles, np.array([2, 2, 2], np.int32)) is None
+    rows = np.array([handle.row for handle in handles])
+    assert kv.allocate_many(rows, np.array([2, 2, 2], np.int32)) is None
     assert [handle.num_blocks for handle in handles] == [0, 0, 0]
-    ids = kv.allocate_many(handles, np.array([2, 0, 3], np.int32))
+    ids = kv.allocate_many(rows[[0, 2]], np.array([2, 3], np.int32))
     assert ids is not None
     assert ids.tolist() == [b for handle in handles for b in handle.block_ids.tolist()]
     assert [handle.num_blocks for handle in handles] == [2, 0, 3]
@@ -214,7 +215,7 @@ def test_fenced_cached_block_can_be_hit_but_not_handed_out() -> None:
 def test_names_are_the_content_chain() -> None:
     kv = make_kv()
     handle = admit(kv, prompt(10), seq=1)
-    ids, names = kv.take_named(2)
+    ids, names = take_named(kv, 2)
     assert ids.tolist() == handle.block_ids[:2].tolist()
     assert names == chain(ROOT, prompt(10), BLOCK)
 
@@ -222,17 +223,17 @@ def test_names_are_the_content_chain() -> None:
 def test_a_name_is_told_once() -> None:
     kv = make_kv()
     admit(kv, prompt(10), seq=1)
-    assert len(kv.take_named(2)[0]) == 2
-    ids, names = kv.take_named(3)
+    assert len(take_named(kv, 2)[0]) == 2
+    ids, names = take_named(kv, 3)
     assert len(ids) == 0 and names == b""
 
 
 def test_blocks_of_the_plan_itself_are_not_named_in_it() -> None:
     kv = make_kv()
     admit(kv, prompt(10), seq=4)
-    assert len(kv.take_named(4)[0]) == 0
+    assert len(take_named(kv, 4)[0]) == 0
     kv.check()
-    assert len(kv.take_named(5)[0]) == 2
+    assert len(take_named(kv, 5)[0]) == 2
 
 
 def test_evicted_block_is_not_named_for_its_old_content() -> None:
@@ -241,7 +242,7 @@ def test_evicted_block_is_not_named_for_its_old_content() -> None:
     _, handle = kv.match_prefix(prompt(12, first=100), NS)
     taken = kv.allocate_for(handle, 3)
     assert taken is not None
-    ids, _ = kv.take_named(2)
+    ids, _ = take_named(kv, 2)
     assert not set(ids.tolist()) & set(taken.tolist())
 
 
@@ -250,7 +251,7 @@ def test_names_survive_splits_between_publishing_and_naming() -> None:
     admit(kv, prompt(16), seq=1)
     other = np.concatenate((prompt(8), prompt(8, first=70)))
     admit(kv, other, seq=1)
-    ids, names = kv.take_named(2)
+    ids, names = take_named(kv, 2)
     told = {int(b): names[16 * i : 16 * i + 16] for i, b in enumerate(ids)}
     for toks in (prompt(16), other):
         _, handle = kv.match_prefix(np.append(toks, 0).astype(np.int32), NS)
@@ -265,14 +266,14 @@ def test_a_growing_node_is_named_as_it_grows() -> None:
     told = b""
     for seq in (1, 2, 3, 4):
         kv.publish(handle, prompt(16)[: 4 * seq], seq)
-        told += kv.take_named(seq + 1)[1]
+        told += take_named(kv, seq + 1)[1]
     assert told == chain(ROOT, prompt(16), BLOCK)
 
 
 def test_names_follow_their_blocks_through_splits_and_cuts() -> None:
     kv = make_kv(num_blocks=7)
     kv.release(admit(kv, prompt(20), seq=1))
-    kv.take_named(2)
+    take_named(kv, 2)
     expected = chain(ROOT, prompt(20), BLOCK)
     _, handle = kv.match_prefix(np.append(prompt(8), prompt(4, first=50)), NS)  # splits
     kv.allocate_for(handle, 2)  # cuts one block
@@ -286,10 +287,10 @@ def test_names_follow_their_blocks_through_splits_and_cuts() -> None:
 def test_replaced_block_gives_its_name_to_the_new_one() -> None:
     kv = make_kv()
     kv.release(admit(kv, prompt(8), seq=1))
-    kv.take_named(2)
+    take_named(kv, 2)
     again = admit(kv, prompt(8), seq=2)
     kv.check()
-    ids, names = kv.take_named(3)
+    ids, names = take_named(kv, 3)
     assert ids.tolist() == again.block_ids[1:].tolist()
     assert names == chain(ROOT, prompt(8), BLOCK)[16:]
 
@@ -298,7 +299,7 @@ def test_names_for_an_answered_plan_are_refused() -> None:
     kv = make_kv()
     kv.acknowledge(3)
     with pytest.raises(ValueError, match="plan 3 was answered already"):
-        kv.take_named(3)
+        take_named(kv, 3)
 
 
 def test_without_prefix_caching_nothing_is_kept() -> None:
@@ -350,7 +351,7 @@ def test_explain_tells_owner_age_hits_and_name() -> None:
     kv = make_kv()
     handle = admit(kv, prompt(10), owner="chat-1")
     kv.match_prefix(prompt(10), NS, owner="chat-2")
-    kv.take_named(2)
+    take_named(kv, 2)
     shared, private = int(handle.block_ids[0]), int(handle.block_ids[2])
     info = kv.explain(shared)
     assert info.state == "used" and info.tier == "device"

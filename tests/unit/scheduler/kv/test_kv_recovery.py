@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kv_builders import BLOCK, NS, ROOT, admit, block_ids, make_kv, prompt
+from kv_builders import BLOCK, NS, ROOT, admit, block_ids, make_kv, prompt, take_named
 
 from quire_scheduler.kv import Namespace
 from quire_scheduler.kv.names import chain
@@ -51,20 +51,20 @@ def test_handles_die_with_their_epoch() -> None:
 def test_names_lost_with_their_plan_are_told_again() -> None:
     kv = make_kv()
     admit(kv, prompt(10), seq=1)
-    first = kv.take_named(2)
+    first = take_named(kv, 2)
     kv.acknowledge(1)
     kv.reset_unacknowledged()
-    again = kv.take_named(1)
+    again = take_named(kv, 1)
     assert again[0].tolist() == first[0].tolist() and again[1] == first[1]
 
 
 def test_names_that_arrived_are_not_told_again() -> None:
     kv = make_kv()
     admit(kv, prompt(10), seq=1)
-    kv.take_named(2)
+    take_named(kv, 2)
     kv.acknowledge(2)
     kv.reset_unacknowledged()
-    assert len(kv.take_named(1)[0]) == 0
+    assert len(take_named(kv, 1)[0]) == 0
 
 
 def test_fences_of_the_old_epoch_wait_for_the_first_new_plan() -> None:
@@ -113,7 +113,7 @@ def test_grafted_blocks_are_in_the_tree_and_named_already() -> None:
     kv.adopt_inventory(block_ids(9, 4), chain(ROOT, prompt(8), BLOCK))
     kv.release(kv.match_prefix(prompt(9), NS)[1])
     assert kv.peek_prefix(prompt(9), NS) == 8
-    assert len(kv.take_named(1)[0]) == 0
+    assert len(take_named(kv, 1)[0]) == 0
     kv.check()
 
 
@@ -124,7 +124,7 @@ def test_block_adopted_after_a_lost_reuse_counts_as_named() -> None:
     kv.adopt_inventory(block_ids(1, 2), chain(ROOT, prompt(8, first=50), BLOCK))
     assert kv.match_prefix(prompt(9, first=50), NS)[0] == 8
     kv.check()
-    assert len(kv.take_named(1)[0]) == 0
+    assert len(take_named(kv, 1)[0]) == 0
 
 
 def test_grafting_goes_on_where_the_tree_ends() -> None:
@@ -134,7 +134,7 @@ def test_grafting_goes_on_where_the_tree_ends() -> None:
     kv.adopt_inventory(block_ids(9, 4), names[32:])
     num_cached, handle = kv.match_prefix(prompt(17), NS)
     assert num_cached == 16 and handle.block_ids[2:].tolist() == [9, 4]
-    told, _ = kv.take_named(2)
+    told, _ = take_named(kv, 2)
     assert sorted(told.tolist()) == sorted(handle.block_ids[:2].tolist())
     kv.check()
 

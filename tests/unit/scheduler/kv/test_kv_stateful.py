@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kv_builders import BLOCK, IDENTITY, Clock
+from kv_builders import BLOCK, IDENTITY, Clock, take_named
 
 from quire_scheduler.kv import KVHandle, KVManager, Namespace
 from quire_scheduler.kv.names import chain, root_of
@@ -205,7 +205,7 @@ class KVMachine(RuleBasedStateMachine):
 
     @rule()
     def send(self) -> None:
-        ids, names = self.kv.take_named(self.plan.seq)
+        ids, names = take_named(self.kv, self.plan.seq)
         assert len(names) == 16 * len(ids)
         for i, block in enumerate(ids.tolist()):
             name = names[16 * i : 16 * i + 16]
