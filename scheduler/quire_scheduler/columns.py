@@ -63,6 +63,7 @@ class Columns:
         self.requests: list[Request | None] = [None] * max_slots
         self.kv: list[KVHandle | None] = [None] * max_slots
         self._free = list(range(max_slots))  # a heap: the lowest first, so that slots stay dense
+        self.top = 0  # slots in use are below; what is done to all of them stops here
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -93,12 +94,18 @@ class Columns:
         self.num_pending[:] = 0
         self.last_seq[:] = 0
         self._free = list(range(self.max_slots))
+        self.top = 0
 
-    def wanted(self, slots: Slots) -> I32:
-        """Tokens each of the slots [n] could compute now. 1 for a decoding request."""
-        wanted: I32 = (
-            self.num_tokens[slots] + self.num_pending[slots] - self.num_computed_tokens[slots]
-        )
+    @property
+    def expected(self) -> I32:
+        """Tokens each slot will have when all plans in flight are done: [top]."""
+        expected: I32 = self.num_tokens[: self.top] + self.num_pending[: self.top]
+        return expected
+
+    @property
+    def wanted(self) -> I32:
+        """Tokens each slot could compute now: [top]. 1 for a decoding request."""
+        wanted: I32 = self.expected - self.num_computed_tokens[: self.top]
         return wanted
 
     def append_tokens(self, slots: Slots, at: I32, token_ids: I32) -> None:
@@ -111,6 +118,7 @@ class Columns:
         from here on the columns are the truth about it. Returns the slot."""
         slot = heapq.heappop(self._free)
         assert slot == kv.row
+        self.top = max(self.top, slot + 1)
         n = len(request.tokens)
         self.token_ids[slot, :n] = request.tokens
         self.num_tokens[slot] = n

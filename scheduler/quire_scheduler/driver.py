@@ -178,7 +178,7 @@ class Driver:
         """Book-keeping that can be done while the worker computes."""
         if self.state is not None and self.state.in_flight:
             publish_outputs(self.state, self.seq)
-            self.pacer.cost.refit()
+        self.pacer.learn()
 
     # -- frames -----------------------------------------------------------------------------
     def on_hello(self, peer: bytes, hello: step_pb2.Hello, now: float) -> bool:

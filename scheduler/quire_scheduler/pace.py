@@ -7,6 +7,8 @@ for two steps.
 
 from __future__ import annotations
 
+import numpy as np
+
 from quire.step_cost import StepCostModel, StepSize
 from quire.v1 import step_pb2
 from quire_scheduler.counters import Counters
@@ -27,6 +29,7 @@ class Pacer:
         self.cost = StepCostModel()
         self.round_trip = 0.0005  # scheduler -> worker -> scheduler, without the step
         self._counters = counters
+        self._answered: list[tuple[Plan, step_pb2.StepTimings, float]] = []  # to learn from
 
     def until_lead(self, running: Plan, now: float) -> float:
         """How long until the plan after `running` should leave; <= 0 = now."""
@@ -61,11 +64,22 @@ class Pacer:
             self.round_trip += SMOOTHING * (min(wire, MAX_ROUND_TRIP_S) - self.round_trip)
         if following is not None:
             following.begins_at = max(now - self.round_trip / 2, following.sent_at)
-        counters = self._counters
-        total = plan.total_tokens
+        self._answered.append((plan, timings, wire))
+
+    def learn(self) -> None:
+        """Take the answers since the last call into the cost model and the counters: deferred
+        work."""
+        for plan, timings, wire in self._answered:
+            self._count(plan, timings, wire)
+        self._answered.clear()
+        self.cost.refit()
+
+    def _count(self, plan: Plan, timings: step_pb2.StepTimings, wire: float) -> None:
+        counters, total = self._counters, plan.total_tokens
+        step = timings.prepare_micros + timings.forward_micros + timings.sample_micros
         if total:
             self.cost.observe(plan.size, step)
-            decode = int((plan.num_tokens == 1).sum())
+            decode = int(np.count_nonzero(plan.num_tokens == 1))
             counters.batch_size.observe(len(plan.slots))
             counters.decode_tokens.observe(decode)
             counters.prefill_tokens.observe(total - decode)

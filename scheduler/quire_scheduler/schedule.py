@@ -25,20 +25,23 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     """
     columns, kv = state.columns, state.kv
     plan = Plan(epoch, seq)
-    slots, wanted = prompts_last(columns, runnable(state))
+    wanted = columns.wanted
+    slots = in_order(columns, wanted, runnable(state))
     rivals, wants = _rivals(state, limits)
-    for_prompts = _for_prompts(state, limits, slots, wanted, bool(rivals))
+    for_prompts = _for_prompts(state, limits, slots, wanted[slots], bool(rivals))
     nums, shares = hand_out(
-        wanted, columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
+        wanted[slots], columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
     )
-    if nums.min(initial=1) < 1:
-        has_row = nums > 0
-        slots, nums, wanted = slots[has_row], nums[has_row], wanted[has_row]
+    given = np.zeros_like(wanted)  # [top]
+    given[slots] = nums
 
     num_running = state.num_running
-    slots, nums, wanted = _make_room(state, plan, slots, nums, wanted)
+    _make_room(state, plan, given)
     preempted = state.num_running < num_running
-    _commit_running(state, plan, slots, nums, wanted)
+    if preempted or np.count_nonzero(nums) < len(nums):
+        nums = given[slots]
+        slots, nums = slots[nums > 0], nums[nums > 0]
+    _commit_running(state, plan, slots, nums, given, wanted)
     if state.num_waiting and not preempted:
         left = limits.max_num_batched_tokens - plan.total_tokens
         left = min(left, for_prompts - int(nums[nums > 1].sum()))
@@ -56,24 +59,24 @@ def runnable(state: State) -> Slots:
     """Running slots that may have a row, ascending: those whose tokens in flight do not complete
     them, and, while suspects are on probation, only theirs."""
     columns = state.columns
-    slots = state.running_slots
-    ok = columns.num_tokens[slots] + columns.num_pending[slots] < columns.max_total[slots]
+    ok = columns.running[: columns.top] & (columns.expected < columns.max_total[: columns.top])
+    slots: Slots = ok.nonzero()[0]
     if state.probation.active:
-        for i, slot in enumerate(slots.tolist()):
-            request = columns.requests[slot]
-            ok[i] &= request is not None and state.probation.is_member(request)
-    return slots if ok.all() else slots[ok]
+        members = [
+            request is not None and state.probation.is_member(request)
+            for request in map(columns.requests.__getitem__, slots.tolist())
+        ]
+        slots = slots[np.array(members, np.bool_)]
+    return slots
 
 
-def prompts_last(columns: Columns, slots: Slots) -> tuple[Slots, I32]:
-    """The slots [n] and what they want [n]: decoding ones, then prompts in order of admission."""
-    wanted = columns.wanted(slots)
-    if wanted.max(initial=1) <= 1:
-        return slots, wanted
-    prompts = slots[wanted > 1]
-    prompts = prompts[columns.started[prompts].argsort()]
-    slots = np.concatenate((slots[wanted <= 1], prompts))
-    return slots, columns.wanted(slots)
+def in_order(columns: Columns, wanted: I32, slots: Slots) -> Slots:
+    """The slots [n]: decoding ones, then prompts in order of admission. wanted: [top]."""
+    is_prompt = wanted[slots] > 1
+    if not np.count_nonzero(is_prompt):
+        return slots
+    prompts = slots[is_prompt]
+    return np.concatenate((slots[~is_prompt], prompts[columns.started[prompts].argsort()]))
 
 
 def _for_prompts(state: State, limits: Limits, slots: Slots, wanted: I32, rivals: bool) -> int:
@@ -109,58 +112,59 @@ def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
     return rivals, wants
 
 
-def _make_room(
-    state: State, plan: Plan, slots: Slots, nums: I32, wanted: I32
-) -> tuple[Slots, I32, I32]:
-    """Blocks for the rows; preempts until they fit. Returns the rows that are left."""
+def _make_room(state: State, plan: Plan, given: I32) -> None:
+    """Blocks for the rows, tokens `given` [top] by slot; preempts until they fit, and takes away
+    what was given to the victims."""
     columns, kv = state.columns, state.kv
-    while len(slots):
-        ends = columns.num_computed_tokens[slots] + nums
-        short = np.flatnonzero(ends > kv.tables.num_blocks[slots] * kv.block_size)
-        if not len(short):
-            break
-        rows = slots[short]
-        need = blocks_for(ends[short], kv.block_size) - kv.tables.num_blocks[rows]
+    top = columns.top
+    while True:
+        ends = columns.num_computed_tokens[:top] + given
+        short = (ends > kv.tables.num_blocks[:top] * kv.block_size) & (given > 0)
+        rows = short.nonzero()[0]
+        if not len(rows):
+            return
+        need = blocks_for(ends[rows], kv.block_size) - kv.tables.num_blocks[rows]
         ids = kv.allocate_many(rows, need)
         if ids is not None:
             plan.new_block_rows = rows if len(ids) == len(rows) else np.repeat(rows, need)
             plan.new_block_ids = ids
-            break
+            return
         victim = pick_victim(columns, state.running_slots)
         request = columns.requests[victim]
         assert request is not None
         state.preempt(request)
-        keep = slots != victim
-        slots, nums, wanted = slots[keep], nums[keep], wanted[keep]
-    return slots, nums, wanted
+        given[victim] = 0
 
 
-def _commit_running(state: State, plan: Plan, slots: Slots, nums: I32, wanted: I32) -> None:
+def _commit_running(
+    state: State, plan: Plan, slots: Slots, nums: I32, given: I32, wanted: I32
+) -> None:
+    """The rows [n] are in the plan; `given` [top] is `nums` by slot."""
     columns = state.columns
-    start = columns.num_computed_tokens[slots]
-    ends = start + nums
-    flags = columns.flags[slots]
-    plan.slots, plan.num_tokens, plan.flags = slots, nums, flags
-    plan.total_tokens = int(nums.sum())
+    top = columns.top
+    start = columns.num_computed_tokens[:top]
+    has_row = given > 0
+    sampling = has_row & (given == wanted)
+    forced = has_row & (start < columns.num_forced[:top])
+    start += given
+    columns.num_pending[:top] += sampling
+    np.copyto(columns.last_seq[:top], plan.seq, where=has_row)
+    plan.slots, plan.num_tokens, plan.flags = slots, nums, columns.flags[slots]
+    plan.num_sampled = int(np.count_nonzero(sampling))
+    ends = start[slots]
     plan.num_context_tokens = plan.num_attended_tokens = int(ends.sum())
-    plan.num_sampled = len(slots)
-    sampling = slots
-    if plan.total_tokens > len(slots):  # with prompts
+    plan.total_tokens = len(slots)
+    if np.count_nonzero(nums > 1):
         wide = nums.astype(np.int64)
+        plan.total_tokens = int(wide.sum())
         plan.num_attended_tokens = int((wide * ends - wide * (wide - 1) // 2).sum())
-        whole = nums == wanted
-        sampling = slots[whole]
-        plan.num_sampled = len(sampling)
-        plan.flags = np.where(whole, flags, np.uint8(0))
-    columns.num_computed_tokens[slots] = ends
-    columns.num_pending[sampling] += 1
-    columns.last_seq[slots] = plan.seq
+    if plan.num_sampled < len(slots):
+        plan.flags[~sampling[slots]] = 0
     # Forced tokens are published when the plan that computes them is made: later requests of this
     # very plan may share them, for a step writes KV before it attends.
-    forced = np.flatnonzero(start < columns.num_forced[slots])
-    if len(forced):
-        slots = slots[forced]
-        publish(state, slots, np.minimum(columns.num_forced[slots], ends[forced]), plan.seq)
+    slots = forced.nonzero()[0]
+    if len(slots):
+        publish(state, slots, np.minimum(columns.num_forced[slots], start[slots]), plan.seq)
 
 
 def publish(state: State, slots: Slots, known: I32, seq: int) -> None:
@@ -178,11 +182,12 @@ def publish_outputs(state: State, seq: int) -> None:
     """Output blocks whose content is certain (all but the last confirmed token), and the names of
     all that is published. Deferred work, done while the worker computes."""
     columns, kv = state.columns, state.kv
-    slots = state.running_slots
-    known = np.minimum(columns.num_tokens[slots] - 1, columns.num_computed_tokens[slots])
+    top = columns.top
+    known = np.minimum(columns.num_tokens[:top] - 1, columns.num_computed_tokens[:top])
     full = known // kv.block_size
-    new = np.flatnonzero(full > kv.tables.num_published[slots])
-    kv.publish_many(slots[new], full[new], columns.token_blocks, seq)
+    new = columns.running[:top] & (full > kv.tables.num_published[:top])
+    slots = new.nonzero()[0]
+    kv.publish_many(slots, full[slots], columns.token_blocks, seq)
 
 
 def _admit(

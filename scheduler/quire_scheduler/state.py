@@ -41,7 +41,7 @@ class State:
     def running_slots(self) -> Slots:
         """Slots of running requests [num_running], ascending."""
         if self._running_slots is None:
-            self._running_slots = np.flatnonzero(self.columns.running)
+            self._running_slots = self.columns.running.nonzero()[0]
         return self._running_slots
 
     @property
@@ -176,6 +176,7 @@ class State:
         assert not free & (attached | retiring), "a slot is free and in use"
         assert running <= attached, "a running slot has no request"
         assert len(free) + len(running | retiring) == columns.max_slots, "lost slots"
+        assert not attached or max(attached) < columns.top, "a slot in use is above the top"
         for slot in attached:
             request = columns.requests[slot]
             assert request is not None and request.slot == slot and not request.finished
@@ -188,7 +189,7 @@ class State:
         if not self.in_flight:
             assert (columns.last_seq <= self.acknowledged).all(), "a plan was lost"
             assert not columns.num_pending[list(attached)].any(), "tokens of no plan are awaited"
-            wanted = columns.wanted(self.running_slots)
+            wanted = columns.wanted[self.running_slots]
             assert (wanted >= 1).all(), "a running request wants nothing"
         for request in live:
             in_slot = request.slot >= 0

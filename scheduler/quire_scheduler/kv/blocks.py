@@ -67,8 +67,9 @@ class BlockPool:
         top = self.num_free
         ids = self._stack[top - n : top][::-1].copy()
         self.num_free = top - n
-        self._where[ids] = -1
-        self.refs[ids] = 1
+        at = ids.astype(np.intp)  # what numpy indexes with fastest
+        self._where[at] = -1
+        self.refs[at] = 1
         return ids
 
     def take(self, ids: BlockIds) -> None:
@@ -110,11 +111,11 @@ class BlockPool:
             self.num_cached += int(np.count_nonzero(kept))
             self._push(idle[~kept])
 
-    def keep(self, ids: BlockIds) -> None:
+    def keep(self, ids: BlockIds | NDArray[np.intp]) -> None:
         """Marks held blocks: their content stays when the last holder lets go."""
-        if len(ids) and self.refs[ids].min() < 1:
-            bad = int(ids[self.refs[ids] < 1][0])
-            raise BlockAccountingError(f"block {bad} is to be kept but nobody holds it")
+        lost = self.refs[ids] < 1
+        if np.count_nonzero(lost):
+            raise BlockAccountingError(f"block {ids[lost][0]} is to be kept but nobody holds it")
         self.kept[ids] = True
 
     def unkeep(self, ids: BlockIds) -> None:

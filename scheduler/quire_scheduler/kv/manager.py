@@ -139,7 +139,7 @@ class KVManager:
     def allocate_many(self, rows: Rows, counts: NDArray[np.int32]) -> BlockIds | None:
         """allocate_for over distinct rows [n] of the tables with counts [n >= 1], all or nothing:
         int32 [sum(counts)], in order. For requests that run: it counts no query."""
-        if not self.tables.live[rows].all():
+        if np.count_nonzero(self.tables.live[rows]) < len(rows):
             raise ValueError("a row of the block tables has no live handle: match the request anew")
         ids = self._allocate(int(counts.sum()))
         if ids is not None:
@@ -194,23 +194,24 @@ class KVManager:
         self.prepare_names()
         if not len(rows):
             return
-        first = self.tables.num_published[rows]
+        tables = self.tables
+        first = tables.num_published[rows]
         slow = np.arange(len(rows))
-        if self.enable_prefix_caching and (num_full - first == 1).all():
+        if self.enable_prefix_caching and not np.count_nonzero(num_full - first != 1):
             nodes = [self.handles[row].node for row in rows.tolist()]
-            ids = self.tables.ids[rows, first]
-            names, others = self.tree.grow(
-                cast(list[Node], nodes), tokens[rows, first].tobytes(), ids.tobytes(), next_name
-            )
+            ids = tables.ids[rows, first]
+            data = tokens[rows, first].tobytes()
+            names, others = self.tree.grow(cast(list[Node], nodes), data, ids.tobytes(), next_name)
             slow = np.array(others, np.intp)
+            entered = ids.astype(np.intp)
             if others:
-                ids, rows_grown = np.delete(ids, slow), np.delete(rows, slow)
+                entered = np.delete(entered, slow)
+                tables.num_published[np.delete(rows, slow)] += 1
             else:
-                rows_grown = rows
-            self.tables.num_published[rows_grown] += 1
-            self.pool.keep(ids)
-            self.ledger.publish(ids, seq)
-            self.ledger.add(ids, b"".join(names))
+                tables.num_published[rows] = num_full
+            self.pool.keep(entered)
+            self.ledger.publish(entered, seq)
+            self.ledger.add(entered, b"".join(names))
         for i in slow.tolist():
             row = int(rows[i])
             self.publish(self.handles[row], tokens[row, : num_full[i]].reshape(-1), seq)

@@ -34,7 +34,7 @@ class NameLedger:
         self._last_serial = 0
         self._prepared: list[Prepared] = []
 
-    def publish(self, ids: BlockIds, seq: int) -> None:
+    def publish(self, ids: BlockIds | NDArray[np.intp], seq: int) -> None:
         """Blocks that plan `seq` writes (or wrote) entered the tree; the worker has no name yet."""
         self._last_serial += 1
         self.serial[ids] = self._last_serial
@@ -46,7 +46,7 @@ class NameLedger:
         self.publish(ids, 0)
         self.named_seq[ids] = 0
 
-    def add(self, ids: BlockIds, names: bytes) -> None:
+    def add(self, ids: NDArray[np.intp], names: bytes) -> None:
         """Names (16 * n bytes) of published blocks `ids` [n], to be told."""
         self.named_seq[ids] = PREPARED
         self._prepared.append(Prepared(ids, self.serial[ids], names))
@@ -57,7 +57,7 @@ class NameLedger:
             ids = node.ids
             untold = np.flatnonzero(self.named_seq[ids] == UNTOLD)
             if len(untold):
-                self.add(ids[untold], _pick(complete_names(tree, node), untold))
+                self.add(ids[untold].astype(np.intp), _pick(complete_names(tree, node), untold))
         tree.unnamed.clear()
 
     def take(self, seq: int, kept: NDArray[np.bool_]) -> tuple[BlockIds, bytes]:
@@ -72,22 +72,21 @@ class NameLedger:
         valid = (self.serial[ids] == serials) & kept[ids]
         ready = valid & (self.published_seq[ids] < seq)
         self._prepared.clear()
-        if not ready.all():
+        if np.count_nonzero(ready) < len(ready):
             later = np.flatnonzero(valid & ~ready)
             if len(later):
                 self._prepared.append(Prepared(ids[later], serials[later], _pick(names, later)))
             now = np.flatnonzero(ready)
             ids, names = ids[now], _pick(names, now)
         self.named_seq[ids] = seq
-        return ids, names
+        return ids.astype(np.int32), names
 
     def waiting(self, kept: NDArray[np.bool_]) -> BlockIds:
         """Blocks whose names are prepared: int32 [n]."""
         if not self._prepared:
             return NO_BLOCKS
         ids, serials, _ = Prepared.joined(self._prepared)
-        waiting: BlockIds = ids[(self.serial[ids] == serials) & kept[ids]]
-        return waiting
+        return ids[(self.serial[ids] == serials) & kept[ids]].astype(np.int32)
 
     def new_epoch(self, tree: RadixTree, acknowledged: int) -> None:
         """The tree holds only certain blocks now: names told by lost plans are to be told again."""
@@ -104,7 +103,7 @@ class NameLedger:
 class Prepared(NamedTuple):
     """Names that wait for a plan."""
 
-    ids: BlockIds  # [n]
+    ids: NDArray[np.intp]  # [n]
     serials: NDArray[np.int64]  # [n] of the publications that the names belong to
     names: bytes  # 16 * n
 

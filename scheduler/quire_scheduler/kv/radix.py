@@ -224,24 +224,21 @@ class RadixTree:
         those that are not a leaf of one request, or have blocks without a name.
         """
         step = self.block_bytes
+        blocks = [data[at : at + step] for at in range(0, len(data), step)]
+        numbers = [packed[at : at + ID_BYTES] for at in range(0, len(packed), ID_BYTES)]
         names: list[bytes] = []
         others: list[int] = []
-        for i, node in enumerate(nodes):
+        for node, block, number in zip(nodes, blocks, numbers, strict=True):
             known = node.names
-            if (
-                node.ref != 1
-                or node.children
-                or node.parent is None
-                or len(known) * ID_BYTES != len(node.packed) * NAME_BYTES
-            ):
-                others.append(i)
-                continue
-            block = data[i * step : i * step + step]
-            name = next_name(known[-NAME_BYTES:], block)
-            node.key += block
-            node.packed += packed[i * ID_BYTES : i * ID_BYTES + ID_BYTES]
-            known += name
-            names.append(name)
+            alone = node.ref == 1 and not node.children and node.parent is not None
+            if alone and len(known) * ID_BYTES == len(node.packed) * NAME_BYTES:
+                name = next_name(known[-NAME_BYTES:], block)
+                node.key += block
+                node.packed += number
+                known += name
+                names.append(name)
+            else:
+                others.append(len(names) + len(others))
         return names, others
 
     def evict(self, max_blocks: int) -> BlockIds:

@@ -11,7 +11,7 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from quire_scheduler.kv.blocks import BlockAccountingError, BlockIds
+from quire_scheduler.kv.blocks import BlockIds
 
 Rows = NDArray[np.intp]
 
@@ -70,10 +70,8 @@ class BlockTables:
         """Blocks `ids` [sum(counts)] at the ends of distinct `rows` [n], in order."""
         have = self.num_blocks[rows]
         at = rows * self._width + have
-        if len(ids) != len(rows):
+        if np.count_nonzero(counts != 1):
             before = np.cumsum(counts) - counts
             at = np.repeat(at - before, counts) + np.arange(len(ids))
-        elif len(counts) and counts.min() < 1:
-            raise BlockAccountingError("rows get other counts of blocks than there are")
         self._flat[at] = ids
         self.num_blocks[rows] = have + counts
