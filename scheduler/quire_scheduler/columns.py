@@ -42,6 +42,7 @@ class Columns:
         self.token_ids: I32 = lazy_matrix(max_slots, blocks * block_size)
         self.token_blocks = self.token_ids.reshape(max_slots, blocks, block_size)  # the same memory
         self._flat_tokens = self.token_ids.reshape(-1)
+        self._first_token = np.arange(max_slots) * self.token_ids.shape[1]  # of each slot in it
         self.num_tokens = column()  # known: prompt + confirmed outputs
         self.num_prompt_tokens = column()
         self.num_forced = column()  # known at admission; the rest was sampled in this slot
@@ -108,10 +109,11 @@ class Columns:
         wanted: I32 = self.expected - self.num_computed_tokens[: self.top]
         return wanted
 
-    def append_tokens(self, slots: Slots, at: I32, token_ids: I32) -> None:
-        """One confirmed token for each of distinct slots [n], at index `at` [n] = num_tokens."""
-        self._flat_tokens[slots * self.token_ids.shape[1] + at] = token_ids
-        self.num_tokens[slots] = at + 1
+    def append_tokens(self, slots: Slots, at: I32, token_ids: I32, num_tokens: I32) -> None:
+        """One confirmed token for each of distinct slots [n], at index `at` [n] = num_tokens - 1;
+        then they have num_tokens [n]."""
+        self._flat_tokens[self._first_token[slots] + at] = token_ids
+        self.num_tokens[slots] = num_tokens
 
     def attach(self, request: Request, kv: KVHandle, num_cached: int) -> int:
         """The request moves into the next free slot, which is its row of the block tables:

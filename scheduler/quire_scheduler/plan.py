@@ -81,6 +81,6 @@ class Plan:
             kv = request.columns.kv[request.slot]
             assert kv is not None
             message.admit.append(request.admit(request.slot, first, kv.block_ids))
-        if any(admit.HasField("trace") for admit in message.admit):
+        if self.admitted and any(admit.HasField("trace") for admit in message.admit):
             message.traces.extend(admit.trace for admit in message.admit)
         return message

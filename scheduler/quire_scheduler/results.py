@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from quire.errors import KINDS, QuireError
 from quire.v1 import step_pb2
 from quire_scheduler.columns import I32, Bool, Slots
-from quire_scheduler.outputs import LENGTH, STOP, UNFINISHED, Logprobs, Outputs, one_row
-from quire_scheduler.plan import Plan
+from quire_scheduler.outputs import LENGTH, STOP, Logprobs, Outputs, one_row
+from quire_scheduler.plan import NO_SLOTS, Plan
 from quire_scheduler.request import Request
 from quire_scheduler.state import State
 
@@ -37,43 +37,47 @@ class Applied:
 
 @dataclass(slots=True, eq=False)
 class _Rows:
-    slots: Slots  # [num_rows] that were to sample
-    has: Bool  # [num_rows] a token; one at most
-    token_ids: I32  # [num_rows], 0 without one
-    stopped: Bool  # [num_rows]
-    logprobs: Logprobs | None  # over the rows with a token
+    slots: Slots  # [num_tokens] that yielded a token; one at most
+    token_ids: I32  # [num_tokens]
+    stopped: Bool  # [num_tokens]
+    silent: Slots  # [num_rows - num_tokens] that were to sample too
+    logprobs: Logprobs | None  # over the tokens
     pooled: dict[int, NDArray[np.float32]]  # slot -> f32 [hidden_size]
 
 
 def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
     """The columns, checked against the plan. Raises ResultError."""
+    slots = plan.sampled
+    num_rows = len(slots)
+    counts, finished = result.num_outputs, result.finished
     try:
-        slots = np.frombuffer(result.slots, "<i4")
-        counts = np.frombuffer(result.num_outputs, np.uint8)
+        if result.slots != slots.astype("<i4").tobytes():
+            ordered = np.frombuffer(result.slots, "<i4").astype(np.intp)
+            if not np.array_equal(np.sort(ordered), np.sort(slots)):
+                raise ResultError("rows of the result are not those of the plan")
+            slots = ordered
         tokens = np.frombuffer(result.token_ids, "<i4")
-        finished = np.frombuffer(result.finished, np.uint8)
         logprobs = None
         if result.logprobs.counts:
             logprobs = Logprobs.from_proto(result.logprobs, len(tokens))
+    except ResultError:
+        raise
     except ValueError as error:
         raise ResultError(f"columns of the result: {error}") from None
-    expected = plan.sampled
-    if not len(slots) == len(counts) == len(finished) == len(expected):
+    if len(counts) != num_rows or len(finished) != num_rows:
         raise ResultError("rows of the result are not those of the plan")
-    if np.count_nonzero(slots != expected):
-        if not np.array_equal(np.sort(slots), np.sort(expected)):
-            raise ResultError("rows of the result are not those of the plan")
-        expected = slots.astype(np.intp)
-    has = counts == 1
-    if np.count_nonzero(has) != len(tokens) or np.count_nonzero(counts) != len(tokens):
+    stopped = np.frombuffer(finished, np.uint8) != 0
+    silent = NO_SLOTS
+    if counts != b"\1" * num_rows:
+        has = np.frombuffer(counts, np.uint8) == 1
+        if np.count_nonzero(has) != num_rows - counts.count(0):
+            raise ResultError("a row of the result has more tokens than its plan asked for")
+        slots, silent, stopped = slots[has], slots[~has], stopped[has]
+    if len(tokens) != len(slots):
         raise ResultError("a row of the result has more tokens than its plan asked for")
     if np.count_nonzero(tokens.view(np.uint32) < vocab_size) != len(tokens):
         raise ResultError("a token of the result is not in the vocabulary")
-    by_row = tokens
-    if len(tokens) < len(slots):
-        by_row = np.zeros(len(slots), np.int32)
-        by_row[has] = tokens
-    return _Rows(expected, has, by_row, (finished != 0) & has, logprobs, _pooled(result, plan))
+    return _Rows(slots, tokens, stopped, silent, logprobs, _pooled(result, plan))
 
 
 def _pooled(result: step_pb2.StepResult, plan: Plan) -> dict[int, NDArray[np.float32]]:
@@ -107,20 +111,17 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
         return applied
     state.acknowledge(plan)
 
-    alive = columns.attached[rows.slots] & rows.has
-    slots, tokens, stopped = rows.slots, rows.token_ids, rows.stopped
-    all_alive = int(np.count_nonzero(alive)) == len(alive)
-    if not all_alive:
+    slots, tokens, stopped, logprobs = rows.slots, rows.token_ids, rows.stopped, rows.logprobs
+    alive = columns.attached[slots]
+    if np.count_nonzero(alive) < len(slots):
         slots, tokens, stopped = slots[alive], tokens[alive], stopped[alive]
+        logprobs = None if logprobs is None else logprobs.take(alive)
     at = columns.num_tokens[slots]
-    columns.append_tokens(slots, at, tokens)
-    reasons = np.where(at + 1 >= columns.max_total[slots], np.uint8(LENGTH), np.uint8(UNFINISHED))
-    reasons[stopped] = STOP
+    num_tokens = at + 1
+    columns.append_tokens(slots, at, tokens, num_tokens)
+    reasons, stop_ids = _endings(num_tokens >= columns.max_total[slots], stopped, tokens)
     applied.num_tokens = len(slots)
     if len(slots):
-        logprobs = rows.logprobs
-        if logprobs is not None and not all_alive:
-            logprobs = logprobs.take(alive[rows.has])
         outputs = Outputs(
             handles=columns.handle[slots],
             attempts=columns.attempt[slots],
@@ -128,20 +129,18 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
             num_tokens=np.ones(len(slots), np.uint32),
             token_ids=tokens,
             finish_reasons=reasons,
-            stop_token_ids=np.where(stopped, tokens, np.int32(-1)),
+            stop_token_ids=stop_ids,
             num_cached_tokens=columns.num_cached_tokens[slots].view(np.uint32),
             deaths=columns.deaths[slots],
             logprobs=logprobs,
         )
         applied.outputs = split(outputs, columns.client[slots])
-    for i in (reasons != UNFINISHED).nonzero()[0].tolist():
+    for i in reasons.nonzero()[0].tolist():
         request = columns.requests[slots[i]]
         assert request is not None
         state.finish(request)
         applied.ended.append((request, int(reasons[i])))
-    silent: list[int] = []
-    if not all_alive:
-        silent = rows.slots[columns.attached[rows.slots] & ~rows.has].tolist()
+    silent = rows.silent[columns.attached[rows.silent]].tolist()
     named = {slot for slot, *_ in errors}
     for slot in silent:
         if slot in rows.pooled:
@@ -152,6 +151,17 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
     _fail(state, errors, applied)
     state.settle()
     return applied
+
+
+def _endings(full: Bool, stopped: Bool, tokens: I32) -> tuple[NDArray[np.uint8], I32]:
+    """Finish reasons [n] (UNFINISHED is 0) and the tokens that stopped [n], -1 = none."""
+    reasons = np.zeros(len(tokens), np.uint8)
+    if np.count_nonzero(full):
+        reasons[full] = LENGTH
+    if not np.count_nonzero(stopped):
+        return reasons, np.full(len(tokens), -1, np.int32)
+    reasons[stopped] = STOP
+    return reasons, np.where(stopped, tokens, np.int32(-1))
 
 
 def _pool(state: State, slot: int, embedding: NDArray[np.float32], applied: Applied) -> None:

@@ -25,14 +25,16 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     """
     columns, kv = state.columns, state.kv
     plan = Plan(epoch, seq)
-    wanted = columns.wanted
-    slots = in_order(columns, wanted, runnable(state))
+    expected = columns.expected  # [top], as `wanted` and `given`
+    wanted = expected - columns.num_computed_tokens[: columns.top]
+    slots = in_order(columns, wanted, runnable(state, expected))
+    wants_each = wanted[slots]  # [num_rows], as `nums`
     rivals, wants = _rivals(state, limits)
-    for_prompts = _for_prompts(state, limits, slots, wanted[slots], bool(rivals))
+    for_prompts = _for_prompts(state, limits, slots, wants_each, bool(rivals))
     nums, shares = hand_out(
-        wanted[slots], columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
+        wants_each, columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
     )
-    given = np.zeros_like(wanted)  # [top]
+    given = np.zeros(len(wanted), np.int32)
     given[slots] = nums
 
     num_running = state.num_running
@@ -55,11 +57,11 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     return plan
 
 
-def runnable(state: State) -> Slots:
+def runnable(state: State, expected: I32) -> Slots:
     """Running slots that may have a row, ascending: those whose tokens in flight do not complete
-    them, and, while suspects are on probation, only theirs."""
+    them, and, while suspects are on probation, only theirs. expected: [top]."""
     columns = state.columns
-    ok = columns.running[: columns.top] & (columns.expected < columns.max_total[: columns.top])
+    ok = columns.running[: columns.top] & (expected < columns.max_total[: columns.top])
     slots: Slots = ok.nonzero()[0]
     if state.probation.active:
         members = [
