@@ -39,10 +39,10 @@ class Columns:
         self.max_model_len = max_model_len
         self.block_size = block_size
         blocks = -(-max_model_len // block_size)
-        self.token_ids: I32 = lazy_matrix(max_slots, blocks * block_size)
-        self.token_blocks = self.token_ids.reshape(max_slots, blocks, block_size)  # the same memory
-        self._flat_tokens = self.token_ids.reshape(-1)
-        self._first_token = np.arange(max_slots) * self.token_ids.shape[1]  # of each slot in it
+        self._token_ids: I32 = lazy_matrix(max_slots, blocks * block_size)
+        self._blocks_shape = (max_slots, blocks, block_size)
+        self._first_token = np.arange(max_slots) * (blocks * block_size)  # in the flat matrix
+        self._appended: list[tuple[NDArray[np.intp], I32]] = []  # (where, tokens) to be stored
         self.num_tokens = column()  # known: prompt + confirmed outputs
         self.num_prompt_tokens = column()
         self.num_forced = column()  # known at admission; the rest was sampled in this slot
@@ -109,10 +109,26 @@ class Columns:
         wanted: I32 = self.expected - self.num_computed_tokens[: self.top]
         return wanted
 
+    @property
+    def token_ids(self) -> I32:
+        """Known tokens: [max_slots, max_model_len, rounded up to blocks], num_tokens in each."""
+        if self._appended:
+            flat = self._token_ids.reshape(-1)
+            for where, token_ids in self._appended:
+                flat[where] = token_ids
+            self._appended.clear()
+        return self._token_ids
+
+    @property
+    def token_blocks(self) -> I32:
+        """The same memory as [max_slots, num_blocks, block_size]."""
+        return self.token_ids.reshape(self._blocks_shape)
+
     def append_tokens(self, slots: Slots, at: I32, token_ids: I32, num_tokens: I32) -> None:
         """One confirmed token for each of distinct slots [n], at index `at` [n] = num_tokens - 1;
-        then they have num_tokens [n]."""
-        self._flat_tokens[self._first_token[slots] + at] = token_ids
+        then they have num_tokens [n]. They are stored when somebody looks: each is a cache miss,
+        and the next plan does not depend on them."""
+        self._appended.append((self._first_token[slots] + at, token_ids))
         self.num_tokens[slots] = num_tokens
 
     def attach(self, request: Request, kv: KVHandle, num_cached: int) -> int:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from quire.step_cost import StepSize
 from quire.v1 import step_pb2
-from quire_scheduler.columns import I32, Slots
+from quire_scheduler.columns import I32, Bool, Slots
 from quire_scheduler.request import Request
 
 NONE: I32 = np.zeros(0, np.int32)
+_WIRE_I32 = np.dtype("<i4")
 NO_SLOTS: Slots = np.zeros(0, np.intp)
 
 
@@ -34,6 +35,7 @@ class Plan:
     block_names: bytes = b""
     retired_slots: I32 = field(default_factory=lambda: NONE)
     admitted: list[tuple[Request, int]] = field(default_factory=list)  # first computed position
+    sampling: Bool = field(default_factory=lambda: np.zeros(0, np.bool_))  # by slot, below the top
     total_tokens: int = 0
     num_sampled: int = 0  # rows that yield something
     num_context_tokens: int = 0  # KV tokens the step reads
@@ -66,14 +68,14 @@ class Plan:
         message = step_pb2.StepPlan(
             epoch=self.epoch,
             seq=self.seq,
-            slots=self.slots.astype("<i4").tobytes(),
-            num_tokens=self.num_tokens.astype("<i4", copy=False).tobytes(),
+            slots=_column(self.slots),
+            num_tokens=_column(self.num_tokens),
             flags=self.flags.tobytes(),
-            new_block_rows=self.new_block_rows.astype("<i4").tobytes(),
-            new_block_ids=self.new_block_ids.astype("<i4", copy=False).tobytes(),
-            named_block_ids=self.named_block_ids.astype("<i4", copy=False).tobytes(),
+            new_block_rows=_column(self.new_block_rows),
+            new_block_ids=_column(self.new_block_ids),
+            named_block_ids=_column(self.named_block_ids),
             block_names=self.block_names,
-            retired_slots=self.retired_slots.astype("<i4", copy=False).tobytes(),
+            retired_slots=_column(self.retired_slots),
             deadline_ms=deadline_ms,
         )
         for request, first in self.admitted:
@@ -84,3 +86,7 @@ class Plan:
         if self.admitted and any(admit.HasField("trace") for admit in message.admit):
             message.traces.extend(admit.trace for admit in message.admit)
         return message
+
+
+def _column(values: NDArray[np.signedinteger]) -> bytes:
+    return values.astype(_WIRE_I32).tobytes() if len(values) else b""

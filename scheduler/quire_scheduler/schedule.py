@@ -27,8 +27,7 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     plan = Plan(epoch, seq)
     expected = columns.expected  # [top], as `wanted` and `given`
     wanted = expected - columns.num_computed_tokens[: columns.top]
-    slots = in_order(columns, wanted, runnable(state, expected))
-    wants_each = wanted[slots]  # [num_rows], as `nums`
+    slots, wants_each = in_order(columns, wanted, runnable(state, expected))
     rivals, wants = _rivals(state, limits)
     for_prompts = _for_prompts(state, limits, slots, wants_each, bool(rivals))
     nums, shares = hand_out(
@@ -72,13 +71,16 @@ def runnable(state: State, expected: I32) -> Slots:
     return slots
 
 
-def in_order(columns: Columns, wanted: I32, slots: Slots) -> Slots:
-    """The slots [n]: decoding ones, then prompts in order of admission. wanted: [top]."""
-    is_prompt = wanted[slots] > 1
+def in_order(columns: Columns, wanted: I32, slots: Slots) -> tuple[Slots, I32]:
+    """The slots [n], decoding ones, then prompts in order of admission; what each wants, of
+    wanted [top]."""
+    wants = wanted[slots]
+    is_prompt = wants > 1
     if not np.count_nonzero(is_prompt):
-        return slots
+        return slots, wants
     prompts = slots[is_prompt]
-    return np.concatenate((slots[~is_prompt], prompts[columns.started[prompts].argsort()]))
+    slots = np.concatenate((slots[~is_prompt], prompts[columns.started[prompts].argsort()]))
+    return slots, wanted[slots]
 
 
 def _for_prompts(state: State, limits: Limits, slots: Slots, wanted: I32, rivals: bool) -> int:
@@ -152,7 +154,7 @@ def _commit_running(
     columns.num_pending[:top] += sampling
     np.copyto(columns.last_seq[:top], plan.seq, where=has_row)
     plan.slots, plan.num_tokens, plan.flags = slots, nums, columns.flags[slots]
-    plan.num_sampled = int(np.count_nonzero(sampling))
+    plan.sampling, plan.num_sampled = sampling, int(np.count_nonzero(sampling))
     ends = start[slots]
     plan.num_context_tokens = plan.num_attended_tokens = int(ends.sum())
     plan.total_tokens = len(slots)
@@ -244,6 +246,10 @@ def _admit(
         plan.slots = np.concatenate((plan.slots, table[:, 0].astype(np.intp)))
         plan.num_tokens = np.concatenate((plan.num_tokens, table[:, 1]))
         plan.flags = np.concatenate((plan.flags, table[:, 2].astype(np.uint8)))
+        sampling = np.zeros(columns.top, np.bool_)
+        sampling[: len(plan.sampling)] = plan.sampling
+        sampling[table[:, 0]] = table[:, 2] != 0
+        plan.sampling = sampling
 
 
 def _has_room(state: State, request: Request, num_cached_blocks: int) -> bool:

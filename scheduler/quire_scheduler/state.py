@@ -107,7 +107,7 @@ class State:
         columns = self.columns
         self.in_flight.remove(plan)
         self.acknowledged = plan.seq
-        columns.num_pending[plan.sampled] -= 1
+        columns.num_pending[: len(plan.sampling)] -= plan.sampling
         columns.give_back(plan.retired_slots)
         self.kv.acknowledge(plan.seq)
 
