@@ -30,12 +30,16 @@ class KVHandle:
     owner: str
     tables: BlockTables
     row: int  # of the tables; nobody else's while the handle lives
-    node: Node | None  # lock receipt and tree cursor; None without prefix caching
     num_cached_tokens: int
     num_query_tokens: int  # 0 = not a query
     shared: BlockIds  # tree blocks equal to private ones in the table, held beside them
     live: bool = True
     counted: bool = False  # its query is in the stats
+
+    @property
+    def node(self) -> Node | None:
+        """Lock receipt and tree cursor; None without prefix caching."""
+        return self.tables.nodes[self.row] if self.live else None
 
     @property
     def block_ids(self) -> BlockIds:

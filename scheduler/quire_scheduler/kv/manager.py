@@ -102,11 +102,11 @@ class KVManager:
         num_cached_tokens = len(ids) * self.block_size
         self.tables.extend(row, ids)
         self.tables.num_published[row] = len(ids)
+        self.tables.nodes[row] = node
         handle = KVHandle(
             owner,
             self.tables,
             row,
-            node,
             num_cached_tokens=num_cached_tokens,
             num_query_tokens=len(tokens) if use_cache and self.enable_prefix_caching else 0,
             shared=NO_BLOCKS,
@@ -168,11 +168,13 @@ class KVManager:
             )
         self._count(handle)
         self.tables.num_published[handle.row] = last
-        if handle.node is None:
+        node = handle.node
+        if node is None:
             return 0
         ids = handle.block_ids[first:last]
         data = token_bytes(tokens[first * self.block_size : last * self.block_size])
-        handle.node, shared, displaced = self.tree.insert(handle.node, data, ids)
+        node, shared, displaced = self.tree.insert(node, data, ids)
+        self.tables.nodes[handle.row] = node
         entered = ids[len(shared) :]
         self.pool.keep(entered)
         self.ledger.publish(entered, seq)
@@ -198,7 +200,7 @@ class KVManager:
         first = tables.num_published[rows]
         slow = np.arange(len(rows))
         if self.enable_prefix_caching and not np.count_nonzero(num_full - first != 1):
-            nodes = [self.handles[row].node for row in rows.tolist()]
+            nodes = [tables.nodes[row] for row in rows.tolist()]
             ids = tables.ids[rows, first]
             data = tokens[rows, first].tobytes()
             names, others = self.tree.grow(cast(list[Node], nodes), data, ids.tobytes(), next_name)
@@ -254,7 +256,7 @@ class KVManager:
                 self.pool.release(ids)
         del self.handles[handle.row]
         self.tables.close(handle.row)
-        handle.node, handle.shared, handle.live = None, NO_BLOCKS, False
+        handle.shared, handle.live = NO_BLOCKS, False
 
     # -- recovery
 

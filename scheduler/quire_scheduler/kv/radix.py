@@ -21,22 +21,23 @@ NO_BLOCKS: BlockIds = np.zeros(0, np.int32)
 ID_BYTES = 4
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Node:
     """A run of blocks. A root has no parent, no blocks, and its root name in `names`."""
 
+    # First, side by side in memory, what grow() touches: a decoding request adds a block at a time
+    # to one long node, in place.
     parent: Node | None
-    # These three grow in place: a decoding request adds a block at a time to one long node.
     key: bytearray  # tokens of the blocks, int32 little-endian [num_blocks * block_size]
     packed: bytearray  # block ids, int32 in native order [num_blocks]
     names: bytearray  # 16 bytes each of the first blocks; naming is deferred: it may be shorter
+    ref: int = 0  # running requests that lock this node or one below
+    children: dict[bytes, Node] = field(default_factory=dict)  # by the first block's bytes
     created: float
     last_access: float
     hits: int = 0
-    ref: int = 0  # running requests that lock this node or one below
     stamp: int = 0  # of the valid heap entry; 0 = not evictable
     namespace: Hashable = None  # roots only
-    children: dict[bytes, Node] = field(default_factory=dict)  # by the first block's bytes
 
     @property
     def num_blocks(self) -> int:
@@ -60,13 +61,13 @@ def make_node(
 ) -> Node:
     """A node of its own bytes, created and last used `now`."""
     return Node(
-        parent,
-        bytearray(key),
-        bytearray(packed),
-        bytearray(names),
-        now,
-        now,
+        parent=parent,
+        key=bytearray(key),
+        packed=bytearray(packed),
+        names=bytearray(names),
         ref=ref,
+        created=now,
+        last_access=now,
         namespace=namespace,
     )
 
@@ -319,14 +320,14 @@ class RadixTree:
         parent, cut = node.parent, k * self.block_bytes
         assert parent is not None
         upper = Node(
-            parent,
-            node.key[:cut],
-            node.packed[: k * ID_BYTES],
-            node.names[: k * NAME_BYTES],
-            node.created,
-            node.last_access,
-            node.hits,
-            node.ref,
+            parent=parent,
+            key=node.key[:cut],
+            packed=node.packed[: k * ID_BYTES],
+            names=node.names[: k * NAME_BYTES],
+            ref=node.ref,
+            created=node.created,
+            last_access=node.last_access,
+            hits=node.hits,
         )
         parent.children[bytes(upper.key[: self.block_bytes])] = upper
         node.parent = upper

@@ -1,6 +1,6 @@
 """Block tables: which blocks each running request reads, one row a request.
 
-Knows no tokens, no tree and no pool. Rows are the caller's slots, so that what happens to many
+Knows no tokens and no pool. Rows are the caller's slots, so that what happens to many
 requests in a step is one numpy operation.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire_scheduler.kv.blocks import BlockIds
+from quire_scheduler.kv.radix import Node
 
 Rows = NDArray[np.intp]
 
@@ -34,11 +35,12 @@ class BlockTables:
     """Per row a list of block ids that only grows, until the row is given up."""
 
     def __init__(self, max_rows: int, max_blocks: int) -> None:
-        # The mutable state; the manager writes num_published, this class the rest.
+        # The mutable state; the manager writes num_published and nodes, this class the rest.
         self.ids = lazy_matrix(max_rows, max_blocks)  # [max_rows, max_blocks]
         self.num_blocks = np.zeros(max_rows, np.int32)  # [max_rows]
         self.num_published = np.zeros(max_rows, np.int32)  # [max_rows] leading ones
         self.live = np.zeros(max_rows, np.bool_)  # [max_rows]
+        self.nodes: list[Node | None] = [None] * max_rows  # the request's cursor in the tree
         self._flat = self.ids.reshape(-1)
         self._width = max_blocks
 
@@ -53,6 +55,7 @@ class BlockTables:
 
     def close(self, row: int) -> None:
         self.live[row] = False
+        self.nodes[row] = None
         self.num_blocks[row] = self.num_published[row] = 0
 
     def of(self, row: int) -> BlockIds:
