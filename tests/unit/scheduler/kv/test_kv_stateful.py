@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kv_builders import BLOCK, IDENTITY, Clock, take_named
+from kv_builders import BLOCK, IDENTITY, Clock
 
 from quire_scheduler.kv import KVHandle, KVManager, Namespace
 from quire_scheduler.kv.names import chain, root_of
@@ -203,9 +203,11 @@ class KVMachine(RuleBasedStateMachine):
 
     # -- plans
 
-    @rule()
-    def send(self) -> None:
-        ids, names = take_named(self.kv, self.plan.seq)
+    @rule(prepare=st.booleans())
+    def send(self, prepare: bool = True) -> None:
+        if prepare:
+            self.kv.prepare_names()
+        ids, names = self.kv.take_named(self.plan.seq)
         assert len(names) == 16 * len(ids)
         for i, block in enumerate(ids.tolist()):
             name = names[16 * i : 16 * i + 16]
@@ -223,24 +225,38 @@ class KVMachine(RuleBasedStateMachine):
         self.executed.append(plan)
 
     @precondition(lambda self: self.executed)
-    @rule()
-    def receive_result(self) -> None:
+    @rule(together=st.booleans())
+    def receive_result(self, together: bool = True) -> None:
         plan = self.executed.pop(0)
         self.kv.acknowledge(plan.seq)
         self.fences = {block: seq for block, seq in self.fences.items() if seq > plan.seq}
+        full: dict[int, int] = {}  # blocks by row
+        matrix = np.zeros((self.kv.tables.ids.shape[0], NUM_BLOCKS, BLOCK), np.int32)
         for request, confirmed in plan.rows:
             request.num_confirmed = max(request.num_confirmed, confirmed)
             if request.handle.live and confirmed > request.num_forced:
                 known = np.array(request.tokens[: confirmed - 1], np.int32)
-                self.kv.publish(request.handle, known, plan.seq)
+                if not together:
+                    self.kv.publish(request.handle, known, plan.seq)
+                elif len(known) // BLOCK > request.handle.num_published:
+                    row = request.handle.row
+                    full[row] = len(known) // BLOCK
+                    matrix[row].reshape(-1)[: len(known)] = known
+        if together:
+            rows = np.array(sorted(full), np.intp)
+            counts = np.array([full[row] for row in rows.tolist()], np.int32)
+            self.kv.publish_many(rows, counts, matrix, plan.seq)
 
     @rule(
         chunk=st.sampled_from([1, 3, 4, 20]),
         steps=st.integers(1, 5),
         unexecuted=st.integers(0, 2),
         unanswered=st.integers(0, 1),
+        together=st.booleans(),
     )
-    def go_on(self, chunk: int, steps: int, unexecuted: int, unanswered: int) -> None:
+    def go_on(
+        self, chunk: int, steps: int, unexecuted: int, unanswered: int, together: bool
+    ) -> None:
         """Several whole steps, the worker and its results up to so many plans behind."""
         for _ in range(steps):
             for request in self.running:
@@ -249,7 +265,7 @@ class KVMachine(RuleBasedStateMachine):
             while len(self.sent) > unexecuted:
                 self.execute()
             while len(self.executed) > unanswered:
-                self.receive_result()
+                self.receive_result(together)
 
     # -- what goes wrong, now and then
 
