@@ -127,6 +127,11 @@ class Bench:
             and len(state.in_flight) == IN_FLIGHT - 1
         )
 
+    @property
+    def num_used(self) -> int:
+        assert self.driver.state is not None
+        return self.driver.state.kv.num_used
+
     def answer(self, plan: step_pb2.StepPlan) -> bytes:
         """The frame of a worker whose rows all go on."""
         flags = np.frombuffer(plan.flags, np.uint8)
@@ -185,13 +190,15 @@ def step_times(
     gc.freeze()  # as the service does after its start
     for _ in range(block):
         bench.step()
+    before = bench.num_used
     times = np.array([bench.step() for _ in range(steps)]) / 1e6  # [steps, parts]
+    blocks = (bench.num_used - before) / steps
     bench.engine.check()
     critical, everything = times[:, :2].sum(1), times.sum(1)
     found = dict(zip(PARTS, np.median(times, 0).tolist(), strict=True))
     found |= {"critical": float(np.median(critical)), "all": float(np.median(everything))}
     found |= {"critical_mean": float(critical.mean()), "all_mean": float(everything.mean())}
-    return found | {"critical_p99": float(np.quantile(critical, 0.99))}
+    return found | {"critical_p99": float(np.quantile(critical, 0.99)), "new_blocks": blocks}
 
 
 def make_kv(num_blocks: int, block: int, policy: str) -> KVManager:
@@ -229,7 +236,7 @@ def fill(kv: KVManager, tokens: np.ndarray) -> None:
     kv.release(handle)
 
 
-def eviction_time(num_blocks: int, block: int, policy: str, count: int = 5000) -> float:
+def eviction_time(num_blocks: int, block: int, policy: str, count: int) -> float:
     """Microseconds per block evicted, one at a time, from a full cache of chats: a stem of two
     blocks for every eight leaves of two."""
     kv = make_kv(num_blocks, block, policy)
@@ -264,6 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="of evictions"
     )
+    parser.add_argument("--evictions", type=int, default=5000, help="blocks evicted in each")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     show: Callable[[str], int] = lambda line: sys.stdout.write(line + "\n")  # noqa: E731
@@ -288,6 +296,7 @@ def main() -> None:
             line += "   ({} / {})".format(*LIMITS_MS[rows])
         show(line)
     record["steps_ms"] = steps
+    record["blocks_per_step"] = {rows: found.pop("new_blocks") for rows, found in steps.items()}
     lookup = record["lookup_32k_us"] = lookup_time(32_768, options.block_size)
     show(f"\nlook-up of a cached prompt of 32k tokens: {lookup:.1f} us ({LOOKUP_LIMIT_US:.0f})")
     evictions: dict[str, dict[int, float]] = {}
@@ -296,7 +305,8 @@ def main() -> None:
         show(f"{'policy':>6} " + " ".join(f"{blocks:>12,}" for blocks in options.blocks))
     for policy in ("lru", "lfu", "fifo") if options.blocks else ():
         evictions[policy] = {
-            blocks: eviction_time(blocks, options.block_size, policy) for blocks in options.blocks
+            blocks: eviction_time(blocks, options.block_size, policy, options.evictions)
+            for blocks in options.blocks
         }
         show(f"{policy:>6} " + " ".join(f"{us:12.2f}" for us in evictions[policy].values()))
     record["eviction_us"] = evictions
