@@ -48,7 +48,7 @@ class State:
     def last_started(self) -> Request:
         """Of the running requests the one that was admitted last."""
         slots = self.running_slots
-        request = self.columns.requests[slots[self.columns.started[slots].argmax()]]
+        request = self.columns.requests[int(slots[self.columns.started[slots].argmax()])]
         assert request is not None
         return request
 

@@ -86,7 +86,8 @@ class NameLedger:
         if not self._prepared:
             return NO_BLOCKS
         ids, serials, _ = Prepared.joined(self._prepared)
-        return ids[(self.serial[ids] == serials) & kept[ids]].astype(np.int32)
+        waiting: BlockIds = ids[(self.serial[ids] == serials) & kept[ids]].astype(np.int32)
+        return waiting
 
     def new_epoch(self, tree: RadixTree, acknowledged: int) -> None:
         """The tree holds only certain blocks now: names told by lost plans are to be told again."""
