@@ -14,10 +14,16 @@ from numpy.typing import NDArray
 from quire.errors import KINDS, QuireError
 from quire.v1 import step_pb2
 from quire_scheduler.columns import I32, Bool, Slots
-from quire_scheduler.outputs import LENGTH, STOP, Logprobs, Outputs, one_row
+from quire_scheduler.group import MAX_SLOTS
+from quire_scheduler.outputs import LENGTH, STOP, U32, Logprobs, Outputs, one_row
 from quire_scheduler.plan import NO_SLOTS, Plan
 from quire_scheduler.request import Request
 from quire_scheduler.state import State
+
+ONE_EACH: U32 = np.ones(MAX_SLOTS, np.uint32)  # one token a row; never written
+NO_STOPS: I32 = np.full(MAX_SLOTS, -1, np.int32)
+for _constant in (ONE_EACH, NO_STOPS):
+    _constant.flags.writeable = False
 
 
 class ResultError(ValueError):
@@ -119,14 +125,14 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
     at = columns.num_tokens[slots]
     num_tokens = at + 1
     columns.append_tokens(slots, at, tokens, num_tokens)
-    reasons, stop_ids = _endings(num_tokens >= columns.max_total[slots], stopped, tokens)
+    reasons, stop_ids, ending = _endings(num_tokens >= columns.max_total[slots], stopped, tokens)
     applied.num_tokens = len(slots)
     if len(slots):
         outputs = Outputs(
             handles=columns.handle[slots],
             attempts=columns.attempt[slots],
             first_indices=(at - columns.num_prompt_tokens[slots]).view(np.uint32),
-            num_tokens=np.ones(len(slots), np.uint32),
+            num_tokens=ONE_EACH[: len(slots)],
             token_ids=tokens,
             finish_reasons=reasons,
             stop_token_ids=stop_ids,
@@ -135,7 +141,7 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
             logprobs=logprobs,
         )
         applied.outputs = split(outputs, columns.client[slots])
-    for i in reasons.nonzero()[0].tolist():
+    for i in ending:
         request = columns.requests[slots[i]]
         assert request is not None
         state.finish(request)
@@ -153,15 +159,16 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
     return applied
 
 
-def _endings(full: Bool, stopped: Bool, tokens: I32) -> tuple[NDArray[np.uint8], I32]:
-    """Finish reasons [n] (UNFINISHED is 0) and the tokens that stopped [n], -1 = none."""
+def _endings(full: Bool, stopped: Bool, tokens: I32) -> tuple[NDArray[np.uint8], I32, list[int]]:
+    """Finish reasons [n], the tokens that stopped [n], -1 = none, and the indices of rows that
+    end. UNFINISHED is 0."""
     reasons = np.zeros(len(tokens), np.uint8)
-    if np.count_nonzero(full):
-        reasons[full] = LENGTH
-    if not np.count_nonzero(stopped):
-        return reasons, np.full(len(tokens), -1, np.int32)
+    over = full | stopped
+    if not np.count_nonzero(over):
+        return reasons, NO_STOPS[: len(tokens)], []
+    reasons[full] = LENGTH
     reasons[stopped] = STOP
-    return reasons, np.where(stopped, tokens, np.int32(-1))
+    return reasons, np.where(stopped, tokens, NO_STOPS[: len(tokens)]), over.nonzero()[0].tolist()
 
 
 def _pool(state: State, slot: int, embedding: NDArray[np.float32], applied: Applied) -> None:

@@ -152,7 +152,7 @@ def _commit_running(
     forced = has_row & (start < columns.num_forced[:top])
     start += given
     columns.num_pending[:top] += sampling
-    np.copyto(columns.last_seq[:top], plan.seq, where=has_row)
+    columns.last_seq[slots] = plan.seq
     plan.slots, plan.num_tokens, plan.flags = slots, nums, columns.flags[slots]
     plan.sampling, plan.num_sampled = sampling, int(np.count_nonzero(sampling))
     ends = start[slots]

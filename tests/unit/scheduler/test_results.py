@@ -73,7 +73,8 @@ def test_a_result_that_does_not_answer_its_plan_is_refused(damage):
 def test_a_stop_comes_before_the_length(ends):
     full, stopped = np.array(ends, np.bool_).reshape(-1, 2).T
     tokens = np.arange(len(ends), dtype=np.int32) + 7
-    reasons, stop_ids = results._endings(full, stopped, tokens)
+    reasons, stop_ids, ending = results._endings(full, stopped, tokens)
+    assert ending == [i for i, end in enumerate(ends) if any(end)]
     assert reasons.tolist() == [STOP if s else LENGTH if f else UNFINISHED for f, s in ends]
     assert stop_ids.tolist() == [7 + i if s else -1 for i, (_, s) in enumerate(ends)]
 
