@@ -47,7 +47,7 @@ class Columns:
         self.num_prompt_tokens = column()
         self.num_forced = column()  # known at admission; the rest was sampled in this slot
         self.num_computed_tokens = column()  # by all plans sent so far
-        self.num_pending = column()  # outputs that plans in flight will yield
+        self.num_expected = column()  # known when all plans in flight are done
         self.max_total = column()  # at this many tokens it ends by length
         self.num_cached_tokens = column()  # hit at first admission
         self.priority = column()  # lower is kept longer
@@ -92,21 +92,14 @@ class Columns:
 
     def clear(self) -> None:
         """A new epoch: all slots are free, nothing is in flight."""
-        self.num_pending[:] = 0
         self.last_seq[:] = 0
         self._free = list(range(self.max_slots))
         self.top = 0
 
     @property
-    def expected(self) -> I32:
-        """Tokens each slot will have when all plans in flight are done: [top]."""
-        expected: I32 = self.num_tokens[: self.top] + self.num_pending[: self.top]
-        return expected
-
-    @property
     def wanted(self) -> I32:
         """Tokens each slot could compute now: [top]. 1 for a decoding request."""
-        wanted: I32 = self.expected - self.num_computed_tokens[: self.top]
+        wanted: I32 = self.num_expected[: self.top] - self.num_computed_tokens[: self.top]
         return wanted
 
     @property
@@ -143,7 +136,7 @@ class Columns:
         self.num_prompt_tokens[slot] = request.num_prompt_tokens
         self.num_forced[slot] = n
         self.num_computed_tokens[slot] = num_cached
-        self.num_pending[slot] = 0
+        self.num_expected[slot] = n
         self.max_total[slot] = request.max_total
         self.num_cached_tokens[slot] = request.num_cached_tokens
         self.priority[slot] = request.priority

@@ -144,7 +144,7 @@ class Driver:
             if not request.resumed:
                 self._counters.queue_time.observe(now - request.arrived_at)
                 request.span.set(quire__queue_ms=(now - request.arrived_at) * 1e3)
-        deadline = plan.begins_at - now + health.patience(plan, self.pacer.cost)
+        deadline = plan.begins_at - now + health.patience(plan)
         message = step_pb2.SchedulerFrame(plan=plan.to_proto(min(int(deadline * 1e3), 1 << 31)))
         frame = message.SerializeToString()
         if self._journal is not None:
@@ -295,7 +295,7 @@ class Driver:
         if self.ready and self.busy:
             assert self.state is not None
             plan = self.state.in_flight[0]
-            if now - plan.begins_at > health.patience(plan, self.pacer.cost):
+            if now - plan.begins_at > health.patience(plan):
                 worker = self.group.workers[self.group.result_rank]
                 self._lose(worker, f"has not answered plan {plan.seq} before its deadline")
 

@@ -6,7 +6,6 @@ heartbeats show that it computes.
 
 from __future__ import annotations
 
-from quire.step_cost import StepCostModel
 from quire_scheduler.group import WORRY_S, Group
 from quire_scheduler.plan import Plan
 
@@ -16,9 +15,9 @@ DEADLINE_PER_TOKEN_S = 0.1  # while nothing is known about the worker's speed
 LOST_PLAN_S = 5.0  # an idle worker that has not run a plan after this does not answer
 
 
-def patience(plan: Plan, cost: StepCostModel) -> float:
+def patience(plan: Plan) -> float:
     """Seconds a step may take before its worker is given up."""
-    if not cost.known:
+    if not plan.predicted_s:  # nothing is known
         return DEADLINE_S + DEADLINE_PER_TOKEN_S * plan.total_tokens
     return DEADLINE_S + DEADLINE_FACTOR * plan.predicted_s
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quire.step_cost import StepSize
 from quire.v1 import step_pb2
-from quire_scheduler.columns import I32, Bool, Slots
+from quire_scheduler.columns import I32, Slots
 from quire_scheduler.request import Request
 
 NONE: I32 = np.zeros(0, np.int32)
@@ -35,7 +35,6 @@ class Plan:
     block_names: bytes = b""
     retired_slots: I32 = field(default_factory=lambda: NONE)
     admitted: list[tuple[Request, int]] = field(default_factory=list)  # first computed position
-    sampling: Bool = field(default_factory=lambda: np.zeros(0, np.bool_))  # by slot, below the top
     total_tokens: int = 0
     num_sampled: int = 0  # rows that yield something
     num_context_tokens: int = 0  # KV tokens the step reads

@@ -29,7 +29,7 @@ class Probation:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.queue) + sum(len(group) for group in self._groups)
+        return len(self.queue) + sum(map(len, self._groups))
 
     def is_member(self, request: Request) -> bool:
         """Whether it is of the group that runs now."""

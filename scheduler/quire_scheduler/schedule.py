@@ -25,9 +25,8 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     """
     columns, kv = state.columns, state.kv
     plan = Plan(epoch, seq)
-    expected = columns.expected  # [top], as `wanted` and `given`
-    wanted = expected - columns.num_computed_tokens[: columns.top]
-    slots, wants_each = in_order(columns, wanted, runnable(state, expected))
+    wanted = columns.wanted  # [top], as `given`; what stands beside `slots` is [num_rows]
+    slots, wants_each = in_order(columns, wanted, runnable(state))
     rivals, wants = _rivals(state, limits)
     for_prompts = _for_prompts(state, limits, slots, wants_each, bool(rivals))
     nums, shares = hand_out(
@@ -56,11 +55,11 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     return plan
 
 
-def runnable(state: State, expected: I32) -> Slots:
+def runnable(state: State) -> Slots:
     """Running slots that may have a row, ascending: those whose tokens in flight do not complete
-    them, and, while suspects are on probation, only theirs. expected: [top]."""
-    columns = state.columns
-    ok = columns.running[: columns.top] & (expected < columns.max_total[: columns.top])
+    them, and, while suspects are on probation, only theirs."""
+    columns, top = state.columns, state.columns.top
+    ok = columns.running[:top] & (columns.num_expected[:top] < columns.max_total[:top])
     slots: Slots = ok.nonzero()[0]
     if state.probation.active:
         members = [
@@ -151,10 +150,10 @@ def _commit_running(
     sampling = has_row & (given == wanted)
     forced = has_row & (start < columns.num_forced[:top])
     start += given
-    columns.num_pending[:top] += sampling
+    columns.num_expected[:top] += sampling
     columns.last_seq[slots] = plan.seq
     plan.slots, plan.num_tokens, plan.flags = slots, nums, columns.flags[slots]
-    plan.sampling, plan.num_sampled = sampling, int(np.count_nonzero(sampling))
+    plan.num_sampled = int(np.count_nonzero(sampling))
     ends = start[slots]
     plan.num_context_tokens = plan.num_attended_tokens = int(ends.sum())
     plan.total_tokens = len(slots)
@@ -231,7 +230,7 @@ def _admit(
         slot = columns.attach(request, handle, cached)
         state.start(request)
         columns.num_computed_tokens[slot] = end
-        columns.num_pending[slot] = count == wanted
+        columns.num_expected[slot] += count == wanted
         columns.last_seq[slot] = plan.seq
         publish(state, np.array([slot]), np.array([end], np.int32), plan.seq)
         plan.admitted.append((request, cached))
@@ -246,10 +245,6 @@ def _admit(
         plan.slots = np.concatenate((plan.slots, table[:, 0].astype(np.intp)))
         plan.num_tokens = np.concatenate((plan.num_tokens, table[:, 1]))
         plan.flags = np.concatenate((plan.flags, table[:, 2].astype(np.uint8)))
-        sampling = np.zeros(columns.top, np.bool_)
-        sampling[: len(plan.sampling)] = plan.sampling
-        sampling[table[:, 0]] = table[:, 2] != 0
-        plan.sampling = sampling
 
 
 def _has_room(state: State, request: Request, num_cached_blocks: int) -> bool:

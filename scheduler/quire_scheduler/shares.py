@@ -76,7 +76,7 @@ def water_fill(wants: Sequence[int], budget: int) -> list[int]:
 def pick_victim(columns: Columns, slots: Slots) -> int:
     """Of the slots [n >= 1], the one whose preemption loses least: lowest priority, then fewest
     tokens to compute again (none if those in flight complete it), then the latest arrival."""
-    done = columns.num_tokens[slots] + columns.num_pending[slots] >= columns.max_total[slots]
+    done = columns.num_expected[slots] >= columns.max_total[slots]
     loss = np.where(done, 0, columns.num_computed_tokens[slots])
     order = np.lexsort((-columns.arrival[slots], loss, -columns.priority[slots]))
     return int(slots[order[0]])

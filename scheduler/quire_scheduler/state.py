@@ -104,11 +104,9 @@ class State:
 
     def acknowledge(self, plan: Plan) -> None:
         """The plan is done: what it retired is free, what it wrote is certain."""
-        columns = self.columns
         self.in_flight.remove(plan)
         self.acknowledged = plan.seq
-        columns.num_pending[: len(plan.sampling)] -= plan.sampling
-        columns.give_back(plan.retired_slots)
+        self.columns.give_back(plan.retired_slots)
         self.kv.acknowledge(plan.seq)
 
     def settle(self) -> None:
@@ -188,7 +186,8 @@ class State:
                 assert columns.num_computed_tokens[slot] <= room, "computed beyond its blocks"
         if not self.in_flight:
             assert (columns.last_seq <= self.acknowledged).all(), "a plan was lost"
-            assert not columns.num_pending[list(attached)].any(), "tokens of no plan are awaited"
+            awaited = columns.num_expected - columns.num_tokens
+            assert not awaited[list(attached)].any(), "tokens of no plan are awaited"
             wanted = columns.wanted[self.running_slots]
             assert (wanted >= 1).all(), "a running request wants nothing"
         for request in live:

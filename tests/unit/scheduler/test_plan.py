@@ -82,7 +82,7 @@ def test_the_victim_loses_least():
     columns.priority[:] = (5, 1, 1, 1)
     assert pick_victim(columns, slots) == 0  # the lowest priority
     columns.priority[:] = 0
-    columns.num_tokens[2], columns.num_pending[2] = 59, 1
+    columns.num_tokens[2], columns.num_expected[2] = 59, 60
     assert pick_victim(columns, slots) == 2  # tokens in flight complete it: it loses nothing
 
 
