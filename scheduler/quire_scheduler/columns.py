@@ -64,7 +64,7 @@ class Columns:
         self.requests: list[Request | None] = [None] * max_slots
         self.kv: list[KVHandle | None] = [None] * max_slots
         self._free = list(range(max_slots))  # a heap: the lowest first, so that slots stay dense
-        self.top = 0  # slots in use are below; what is done to all of them stops here
+        self.top = 0  # attached slots are below; what is done to all of them stops here
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -161,6 +161,8 @@ class Columns:
         else:
             request.num_final_tokens = int(self.num_tokens[slot])
         self.attached[slot] = False
+        while self.top and not self.attached[self.top - 1]:
+            self.top -= 1
         self.requests[slot] = None
         self.kv[slot] = None
         request.slot = -1

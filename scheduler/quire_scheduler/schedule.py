@@ -118,8 +118,7 @@ def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
 def _make_room(state: State, plan: Plan, given: I32) -> None:
     """Blocks for the rows, tokens `given` [top] by slot; preempts until they fit, and takes away
     what was given to the victims."""
-    columns, kv = state.columns, state.kv
-    top = columns.top
+    columns, kv, top = state.columns, state.kv, len(given)  # a victim may lower columns.top
     while True:
         ends = columns.num_computed_tokens[:top] + given
         short = (ends > kv.tables.num_blocks[:top] * kv.block_size) & (given > 0)
@@ -143,8 +142,7 @@ def _commit_running(
     state: State, plan: Plan, slots: Slots, nums: I32, given: I32, wanted: I32
 ) -> None:
     """The rows [n] are in the plan; `given` [top] is `nums` by slot."""
-    columns = state.columns
-    top = columns.top
+    columns, top = state.columns, len(given)
     start = columns.num_computed_tokens[:top]
     has_row = given > 0
     sampling = has_row & (given == wanted)

@@ -174,7 +174,9 @@ class State:
         assert not free & (attached | retiring), "a slot is free and in use"
         assert running <= attached, "a running slot has no request"
         assert len(free) + len(running | retiring) == columns.max_slots, "lost slots"
-        assert not attached or max(attached) < columns.top, "a slot in use is above the top"
+        assert columns.top == max(attached, default=-1) + 1, (
+            "the top is not the highest slot in use"
+        )
         for slot in attached:
             request = columns.requests[slot]
             assert request is not None and request.slot == slot and not request.finished

@@ -70,10 +70,10 @@ class BlockTables:
         self.num_blocks[row] = have + len(ids)
 
     def append(self, rows: Rows, counts: NDArray[np.int32], ids: BlockIds) -> None:
-        """Blocks `ids` [sum(counts)] at the ends of distinct `rows` [n], in order."""
+        """Blocks `ids` [sum(counts)] at the ends of distinct `rows` [n], in order; counts >= 1."""
         have = self.num_blocks[rows]
         at = rows * self._width + have
-        if np.count_nonzero(counts != 1):
+        if len(ids) != len(rows):
             before = np.cumsum(counts) - counts
             at = np.repeat(at - before, counts) + np.arange(len(ids))
         self._flat[at] = ids
