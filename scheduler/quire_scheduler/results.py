@@ -110,8 +110,8 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
     rows = read(result, plan, vocab_size)
     columns = state.columns
     applied = Applied()
-    errors = _errors(state, result)
-    applied.doubtful = any(doubtful for *_, doubtful in errors)
+    errors = _errors(state, result) if result.row_errors else []
+    applied.doubtful = bool(errors) and any(doubtful for *_, doubtful in errors)
     if applied.doubtful:
         _fail(state, errors, applied)
         return applied
