@@ -85,6 +85,7 @@ def from_submit(message: engine_pb2.Submit) -> Submission:
         grammar=message.grammar if message.HasField("grammar") else None,
         trace=trace,
         multimodal=message.multimodal,
+        num_more=message.num_more,
     )
 
 

@@ -130,11 +130,11 @@ class Engine:
     def cancel(self, client: Client, handle: int, attempt: int = 0) -> None:
         """Drop a request of this attempt or an older one. Nothing more is delivered for it, and
         the first plan built after this call arrives does not hold it."""
-        self._post(lambda: self._intake.cancel(client, handle, attempt))
+        self._post(lambda: self._intake.cancel(client, handle, attempt, self._clock()))
 
     def detach(self, client: Client) -> None:
         """The client is gone: all its requests are cancelled, nothing more is delivered."""
-        self._post(lambda: self._intake.detach(client))
+        self._post(lambda: self._intake.detach(client, self._clock()))
 
     def drain(self, timeout: float) -> int:
         """Refuse new requests; wait until the accepted ones are done or the time is up. Returns
@@ -301,7 +301,7 @@ class Engine:
         """Deliver what the driver has for clients, and forget requests that ended."""
         deliveries, ended = self._driver.outbox.take()
         for number, outputs in deliveries:
-            self._intake.deliver(number, outputs)
+            self._intake.deliver(number, outputs, now)
         for request in ended:
             self._intake.ended(request, now)
 

@@ -260,16 +260,34 @@ def test_a_full_queue_refuses_with_the_time_to_wait():
     assert rig.client[50].reason == "length"
 
 
-def test_retry_after_follows_the_measured_rate():
+def test_retry_after_follows_the_rate_while_busy_and_not_that_of_arrivals():
     rig = Rig(max_num_seqs=1, max_waiting=0)
-    for _ in range(6):
+    for _ in range(10):
         rig.submit([5], max_tokens=2)
+        rig.turn()
+        rig.now += 2.0  # so long does one take
         rig.run()
-        rig.now += 2.0
+        rig.now += 600.0  # nobody asks for ten minutes
     rig.submit([5], max_tokens=200)
-    rig.submit([6], max_tokens=2)
+    rig.submit([6])
+    rig.submit([7])
     rig.turn()
-    assert 1.0 < rig.client[7].error.retry_after_s < 4.0
+    first, second = (rig.client[i].error.retry_after_s for i in (11, 12))
+    assert 1.5 < first < 2.5 and second == pytest.approx(2 * first, rel=0.2)
+
+
+def test_a_request_of_several_is_taken_whole_or_refused_whole():
+    rig = Rig(max_num_seqs=2, max_waiting=1)
+    rig.submit([5], max_tokens=4)
+    rig.submit([6], max_tokens=4)
+    rig.submit([7], num_more=1)  # room for one, two are wanted
+    rig.submit([7])
+    rig.turn()
+    assert rig.client[2].error.name == "queue_full"
+    rig.submit([8], num_more=3)  # never
+    rig.run()
+    assert rig.client[4].error.name == "invalid_request"
+    assert "4 sequences" in rig.client[4].error.message
 
 
 def test_max_requests_bounds_running_and_waiting():
