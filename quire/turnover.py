@@ -48,13 +48,23 @@ class Turnover:
     def interval(self, now: float) -> float:
         """Seconds between two places. With none freed yet: as long as it has been busy."""
         since = now if self._busy_since is None else self._busy_since
-        return (self.first_guess_s + self._busy_s + now - since) / (1 + self._freed)
+        return max((self.first_guess_s + self._busy_s + now - since) / (1 + self._freed), 1e-6)
 
     def retry_after(self, now: float) -> float:
         """Seconds after which the client that is being refused should come back."""
-        interval = max(self.interval(now), 1e-6)
-        lapsed = (now - self._promised_at) / interval
-        self._promised = max(self._promised - lapsed, 0.0) + 1
-        self._promised = min(self._promised, max(MAX_WAIT_S / interval, 1.0))
-        self._promised_at = now
+        interval = self.interval(now)
+        self._promise(now, self._outstanding(now, interval) + 1, interval)
         return min(max(self._promised * interval, MIN_WAIT_S), MAX_WAIT_S)
+
+    def told(self, now: float, wait_s: float) -> None:
+        """Another, who may know more, told a client to come back then: others come later."""
+        interval = self.interval(now)
+        self._promise(now, max(self._outstanding(now, interval), wait_s / interval), interval)
+
+    def _outstanding(self, now: float, interval: float) -> float:
+        """Promised places that are still to come; one lapses each interval."""
+        return max(self._promised - (now - self._promised_at) / interval, 0.0)
+
+    def _promise(self, now: float, places: float, interval: float) -> None:
+        self._promised = min(places, max(MAX_WAIT_S / interval, 1.0))
+        self._promised_at = now

@@ -29,6 +29,7 @@ class Submission:
     cache_salt: str = ""
     tenant: str = ""
     trace: tuple[str, str] = ("", "")  # traceparent, tracestate
+    num_more: int = 0  # submissions that follow and belong together: all are taken, or none
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ class OpenRequest:
             cache_salt=asked.cache_salt,
             tenant=asked.tenant,
             deaths=self.deaths,
+            num_more=asked.num_more,
             trace=common_pb2.TraceContext(traceparent=asked.trace[0], tracestate=asked.trace[1]),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -269,8 +270,7 @@ async def abort(context: Any, error: QuireError) -> NoReturn:
     if error.param:
         trailing.append(("quire-error-param", error.param))
     if error.kind.retry:
-        wait = int((error.retry_after_s or 1.0) * 1000)
-        trailing.append(("retry-after-ms", str(max(wait, 1))))
+        trailing.append(("retry-after-ms", str(math.ceil((error.retry_after_s or 1.0) * 1000))))
     code = getattr(grpc.StatusCode, error.kind.grpc)
     await context.abort(code, error.message, trailing_metadata=tuple(trailing))
     raise AssertionError("abort() returned")
