@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
 from quire.config import EngineConfig
+from quire.errors import InvalidRequest, QuireError
 from quire.link import SchedulerLink
 from quire.telemetry import Tracer
 from quire.v1 import step_pb2
@@ -28,6 +29,7 @@ from quire_scheduler.counters import Counters
 from quire_scheduler.driver import Driver
 from quire_scheduler.intake import Intake
 from quire_scheduler.journal import Direction, Journal
+from quire_scheduler.kv.explain import BlockInfo, explain_blocks, most_hit
 from quire_scheduler.outputs import Client, Outputs
 from quire_scheduler.request import Submission
 
@@ -51,9 +53,13 @@ class Stats:
     num_blocks_total: int = 0
     num_blocks_used: int = 0  # held by requests
     num_blocks_cached: int = 0  # evictable
+    max_requests: int = 0  # running and waiting; more are refused
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    evicted_blocks: int = 0
+    grafted_blocks: int = 0
     output_tokens: int = 0
+    malformed_frames: int = 0  # of the link: in another shape than (peer, frame)
     epoch: int = 0
     ready: bool = False  # a worker group is connected
     draining: bool = False
@@ -165,9 +171,13 @@ class Engine:
             num_blocks_total=kv.num_usable if kv else 0,
             num_blocks_used=kv.num_used if kv else 0,
             num_blocks_cached=kv.num_cached if kv else 0,
+            max_requests=self._intake.room,
             prefix_query_tokens=kv.stats.query_tokens if kv else 0,
             prefix_hit_tokens=kv.stats.hit_tokens if kv else 0,
+            evicted_blocks=kv.stats.evicted_blocks if kv else 0,
+            grafted_blocks=kv.stats.grafted_blocks if kv else 0,
             output_tokens=self.counters.output_tokens,
+            malformed_frames=self._link.num_malformed,
             epoch=driver.epoch,
             ready=driver.ready,
             draining=self._draining,
@@ -176,6 +186,21 @@ class Engine:
             worker_metrics=tuple((w.rank, w.metrics) for w in workers if w.metrics),
             worker_memory_bytes=sum(w.memory_bytes for w in workers),
         )
+
+    def describe_blocks(self, block_ids: Sequence[int], limit: int) -> list[BlockInfo]:
+        """These blocks; none given = up to `limit` of those most often found again. Waits for the
+        engine thread. Raises QuireError."""
+
+        def look() -> list[BlockInfo]:
+            state = self._driver.state
+            if state is None:
+                raise QuireError("not_ready", "There are no blocks before a worker is there.")
+            try:
+                return explain_blocks(state.kv, block_ids or most_hit(state.kv, limit))
+            except IndexError as error:
+                raise InvalidRequest(f"{error}.", "block_ids") from None
+
+        return self._call(look)
 
     def model(self) -> ModelInfo | None:
         """The model as the workers described it; None before the first Hello."""
