@@ -16,7 +16,7 @@ class Turnover:
     come back as told find one place each. Times are seconds of one clock, whichever.
     """
 
-    def __init__(self, first_guess_s: float = 1.0) -> None:
+    def __init__(self, first_guess_s: float = 0.25) -> None:
         self.first_guess_s = first_guess_s  # between two places, before anything is measured
         self._busy_s = 0.0
         self._freed = 0.0  # places, while busy
