@@ -158,8 +158,8 @@ def _free_ports(count: int) -> list[int]:
 class Reply:
     """What one request saw; times are seconds of time.perf_counter()."""
 
-    status: int
-    started: float
+    status: int = 0
+    started: float = 0.0
     ended: float = 0.0
     arrivals: list[float] = field(default_factory=list)  # of each event that is not the last
     num_tokens: int = 0  # by the server's usage
@@ -198,9 +198,13 @@ def body(prompt: Sequence[int] | str, max_tokens: int, model: str = "m", **field
     return json.dumps(values | fields).encode()
 
 
-async def complete(http: aiohttp.ClientSession, url: str, data: bytes) -> Reply:
-    """POST a streamed completion and read it to its end."""
-    reply = Reply(0, time.perf_counter())
+async def complete(
+    http: aiohttp.ClientSession, url: str, data: bytes, reply: Reply | None = None
+) -> Reply:
+    """POST a streamed completion and read it to its end. `reply` is filled on the way, for who
+    means to cancel this."""
+    reply = reply or Reply()
+    reply.started = time.perf_counter()
     headers = {"Content-Type": "application/json"}
     async with http.post(f"{url}/v1/completions", data=data, headers=headers) as response:
         reply.status = response.status

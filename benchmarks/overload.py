@@ -175,8 +175,8 @@ def main() -> int:
     flags.add_argument("--peak-seconds", type=float, default=20.0)
     flags.add_argument("--prompt-tokens", type=int, default=128)
     flags.add_argument("--output-tokens", type=int, default=64)
-    flags.add_argument("--pool", default="64MiB", help="KV memory: small, so that it is soon touched "
-                       "whole and growth is a leak")  # fmt: skip
+    pool = "KV memory; small, so that all of it is soon touched and what grows is a leak"
+    flags.add_argument("--pool", default="64MiB", help=pool)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--flag", action="append", default=[], help="another flag of the server")
     args = flags.parse_args()
