@@ -33,8 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START_TIMEOUT_S = 300.0
 _TICKS = os.sysconf("SC_CLK_TCK")
-_USAGE = re.compile(rb'"completion_tokens":(\d+)')
-_CACHED = re.compile(rb'"cached_tokens":(\d+)')
+_PIECE = re.compile(rb'"choices": ?\[\{')
+_USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+_CACHED = re.compile(rb'"cached_tokens": ?(\d+)')
 
 
 # -- a server -------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Server:
 
     def memory_mib(self) -> dict[str, float]:
         """Resident memory by service."""
-        return {name: _status(pid, "VmRSS") / 1024 for name, pid in services(self.pid).items()}
+        return memory_mib(self.pid)
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far by service, and by this process as 'client'."""
@@ -94,12 +95,16 @@ def services(pid: int) -> dict[str, int]:
     return found
 
 
-def _status(pid: int, name: str) -> int:
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-        return int(text.partition(f"{name}:")[2].split()[0])
-    except (OSError, IndexError, ValueError):
-        return 0
+def memory_mib(pid: int) -> dict[str, float]:
+    """Resident memory of a supervisor's children."""
+    found = {}
+    for name, child in services(pid).items():
+        try:
+            status = Path(f"/proc/{child}/status").read_text()
+            found[name] = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        except (OSError, IndexError):
+            continue
+    return found
 
 
 def _cpu_s(pid: int) -> float:
@@ -213,16 +218,16 @@ async def complete(
             reply.retry_after_ms = int(wait) if wait else None
             reply.error = (await response.text())[:300]
         else:
-            tail = b""
+            rest = tail = b""
             async for chunk in response.content.iter_any():
-                now = time.perf_counter()
-                reply.arrivals += [now] * chunk.count(b'"choices":[{')
-                tail = (tail + chunk)[-2048:]
+                events, end, rest = (rest + chunk).rpartition(b"\n\n")
+                reply.arrivals += [time.perf_counter()] * len(_PIECE.findall(events))
+                tail = (tail + events + end)[-2048:]
             usage, cached = _USAGE.search(tail), _CACHED.search(tail)
             reply.num_tokens = int(usage[1]) if usage else 0
             reply.num_cached_tokens = int(cached[1]) if cached else 0
             if not tail.endswith(b"data: [DONE]\n\n"):
-                reply.error = tail[-300:].decode(errors="replace")
+                reply.error = tail[-300:].decode(errors="replace") or "it ended without an answer"
     reply.ended = time.perf_counter()
     return reply
 

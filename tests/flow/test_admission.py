@@ -1,4 +1,4 @@
-"""A server with few places: who comes back as told is served, urgency decides, blocks have owners."""
+"""A server with few places: who returns as told is served, urgency decides, blocks have owners."""
 
 from __future__ import annotations
 
@@ -60,6 +60,24 @@ def test_clients_that_come_back_as_told_are_all_served(server: Server) -> None:
     assert 12 - 4 <= len(refusals) < 12 * 8
     assert gauge(server, "quire_requests_limit") == 4
     until(lambda: gauge(server, "quire_requests_running") == 0)
+
+
+def test_a_flood_is_refused_quickly_and_leaves_nothing_behind(server: Server) -> None:
+    def client(number: int) -> tuple[int, float, bool]:
+        begin = time.monotonic()
+        status, _, headers = ask(server, max_tokens=60, prompt=[5 + number] * 32)
+        return status, time.monotonic() - begin, "retry-after-ms" in headers
+
+    with ThreadPoolExecutor(40) as pool:
+        seen = list(pool.map(client, range(80)))
+    assert {status for status, _, _ in seen} == {200, 429}
+    assert all(told for status, _, told in seen if status == 429)
+    served = sorted(took for status, took, _ in seen if status == 200)
+    refused = sorted(took for status, took, _ in seen if status == 429)
+    assert len(served) >= 4 and refused[len(refused) // 2] < served[len(served) // 2]
+    assert gauge(server, "quire_requests_refused_early_total") > 0
+    until(lambda: gauge(server, "quire_requests_running") == 0)
+    assert gauge(server, "quire_requests_waiting") == gauge(server, "quire_kv_blocks_used") == 0
 
 
 def test_the_more_urgent_request_goes_first(server: Server) -> None:
