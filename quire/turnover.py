@@ -50,10 +50,10 @@ class Turnover:
         since = now if self._busy_since is None else self._busy_since
         return max((self.first_guess_s + self._busy_s + now - since) / (1 + self._freed), 1e-6)
 
-    def retry_after(self, now: float) -> float:
-        """Seconds after which the client that is being refused should come back."""
+    def retry_after(self, now: float, places: int = 1) -> float:
+        """Seconds after which the client that is being refused should come back for so many."""
         interval = self.interval(now)
-        self._promise(now, self._outstanding(now, interval) + 1, interval)
+        self._promise(now, self._outstanding(now, interval) + places, interval)
         return min(max(self._promised * interval, MIN_WAIT_S), MAX_WAIT_S)
 
     def told(self, now: float, wait_s: float) -> None:

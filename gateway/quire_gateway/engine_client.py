@@ -304,10 +304,10 @@ class EngineClient:
 
     def _fail(self, request: OpenRequest, error: QuireError, now: float) -> None:
         del self._open[request.handle]
-        if error.name == "queue_full":
-            self.room.refused(now, error.retry_after_s or 1.0)
-        else:
+        if error.name != "queue_full":
             self.room.freed(now)
+        elif request.submission.num_together == 1:  # for several there may be less room than asked
+            self.room.refused(now, error.retry_after_s or 1.0)
         request.fail(error)
 
 

@@ -29,7 +29,8 @@ class Submission:
     cache_salt: str = ""
     tenant: str = ""
     trace: tuple[str, str] = ("", "")  # traceparent, tracestate
-    num_more: int = 0  # submissions that follow and belong together: all are taken, or none
+    num_together: int = 1  # sequences of the client's request: all are taken, or none
+    num_more: int = 0  # of them, those that follow this one
 
 
 @dataclass(slots=True)

@@ -32,6 +32,8 @@ class ClientState:
     client: Client
     requests: dict[int, Request] = field(default_factory=dict)  # by handle
     early: dict[int, Submission] = field(default_factory=dict)  # before a worker said Hello
+    num_refused: int = 0  # submissions to come whose first one was refused, and why
+    refusal: QuireError | None = None
 
 
 class Intake:
@@ -159,8 +161,21 @@ class Intake:
         replay = attempt > 0 or len(submission.output_token_ids) > 0
         if draining and not replay:
             raise QuireError("draining", "The server is shutting down.", retry_after_s=1.0)
-        self._check_room(submission.num_more, now, replay)
+        if not replay:
+            self._follow(state, submission)
+        try:
+            self._check_room(submission.num_more, now, replay)
+        except QuireError as error:
+            state.num_refused, state.refusal = submission.num_more, error
+            raise
         return True
+
+    def _follow(self, state: ClientState, submission: Submission) -> None:
+        """Raise what the first submission of its client request was refused with."""
+        expected, state.num_refused = state.num_refused - 1, 0
+        if expected >= 0 and submission.num_more == expected and state.refusal is not None:
+            state.num_refused = expected
+            raise state.refusal.with_traceback(None)
 
     def _accept(
         self, state: ClientState, submission: Submission, model: ModelInfo | None, now: float
@@ -192,7 +207,7 @@ class Intake:
     def _check_room(self, num_more: int, now: float, replay: bool) -> None:
         """Raise unless there is room for this request and those that follow with it. One that was
         accepted before is not turned away, but for a bound far beyond what a gateway can hold."""
-        wanted = 1 if replay else 1 + num_more
+        wanted = 1 if replay else 1 + num_more  # once the first is in, the others fit
         if wanted > self.room:
             raise InvalidRequest(
                 f"{wanted} sequences are asked for at once; at most {self.room} can run and wait "
@@ -205,7 +220,7 @@ class Intake:
             "queue_full",
             f"{self.num_live} requests are running or waiting; the limit is {self.room}. "
             "Try again later.",
-            retry_after_s=self._turnover.retry_after(now),
+            retry_after_s=self._turnover.retry_after(now, wanted),
         )
 
     def _enter(self, now: float) -> None:

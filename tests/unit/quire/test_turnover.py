@@ -129,7 +129,7 @@ def test_each_refusal_is_told_its_own_moment_and_promises_lapse():
 def test_what_another_told_comes_first():
     turnover = Turnover()
     turnover.told(5.0, 7.5)
-    assert turnover.retry_after(5.0) == pytest.approx(8.5)
+    assert turnover.retry_after(5.0) == pytest.approx(7.5 + turnover.first_guess_s)
 
 
 def test_nobody_is_told_more_than_a_minute_and_it_does_not_build_up():
