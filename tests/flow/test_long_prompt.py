@@ -23,10 +23,11 @@ def test_a_prompt_of_32k_tokens_while_others_decode(tmp_path: Path) -> None:
     environ = addresses()
     port = int(environ["QUIRE_PORT"])
     command = [*QUIRE, "serve", str(folder), "--served-model-name", "m"]
-    done = threading.Event()
+    command += ["--max-num-batched-tokens", "2048"]  # the prompt takes 16 steps or more
+    done, begun = threading.Event(), threading.Barrier(4)
 
     def stream(number: int) -> int:
-        """Tokens that came until the long prompt was answered."""
+        """Tokens that came from the long prompt's arrival to its answer."""
         body = {
             "prompt": [5 + number], "max_tokens": 30_000, "ignore_eos": True, "stream": True,
         }  # fmt: skip
@@ -37,6 +38,9 @@ def test_a_prompt_of_32k_tokens_while_others_decode(tmp_path: Path) -> None:
             )
             answer = connection.getresponse()
             assert answer.status == 200
+            while not answer.readline().startswith(b"data: {"):
+                pass
+            begun.wait(60)
             while not done.is_set():
                 count += answer.readline().startswith(b"data: {")
         return count
@@ -46,6 +50,7 @@ def test_a_prompt_of_32k_tokens_while_others_decode(tmp_path: Path) -> None:
         streams = [pool.submit(stream, number) for number in range(3)]
         prompt = [(7 * i) % 400 + 3 for i in range(LENGTH)]
         body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+        begun.wait(60)
         try:
             status, answer = post(port, "/v1/completions", json.dumps(body).encode(), 300)
         finally:
