@@ -50,8 +50,8 @@ def test_a_prompt_of_32k_tokens_while_others_decode(tmp_path: Path) -> None:
         streams = [pool.submit(stream, number) for number in range(3)]
         prompt = [(7 * i) % 400 + 3 for i in range(LENGTH)]
         body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True, "temperature": 0}
-        begun.wait(60)
         try:
+            begun.wait(60)
             status, answer = post(port, "/v1/completions", json.dumps(body).encode(), 300)
         finally:
             done.set()
