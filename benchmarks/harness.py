@@ -71,10 +71,6 @@ class Server:
                 found += float(line.rpartition(" ")[2])
         return found
 
-    def memory_mib(self) -> dict[str, float]:
-        """Resident memory by service."""
-        return memory_mib(self.pid)
-
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far by service, and by this process as 'client'."""
         found = {name: _cpu_s(pid) for name, pid in services(self.pid).items()}
@@ -95,12 +91,12 @@ def services(pid: int) -> dict[str, int]:
     return found
 
 
-def memory_mib(pid: int) -> dict[str, float]:
-    """Resident memory of a supervisor's children."""
+def memory_mib(pids: dict[str, int]) -> dict[str, float]:
+    """Resident memory of services."""
     found = {}
-    for name, child in services(pid).items():
+    for name, pid in pids.items():
         try:
-            status = Path(f"/proc/{child}/status").read_text()
+            status = Path(f"/proc/{pid}/status").read_text()
             found[name] = int(status.partition("VmRSS:")[2].split()[0]) / 1024
         except (OSError, IndexError):
             continue

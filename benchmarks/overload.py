@@ -18,11 +18,13 @@ from harness import (
     Server,
     body,
     complete,
+    memory_mib,
     parser,
     percentile,
     random_prompt,
     record,
     serve,
+    services,
     session,
     table,
 )
@@ -60,6 +62,7 @@ async def flood(
     """Open loop: arrivals do not wait for answers. Also each second's memory."""
     rng = random.Random(seed)
     memory: list[dict[str, float]] = []
+    pids = services(server.pid)
     tasks: set[asyncio.Task[None]] = set()
     replies: list[Reply] = []
     async with session() as http:
@@ -69,7 +72,7 @@ async def flood(
 
         async def watch() -> None:
             while True:
-                memory.append(server.memory_mib())
+                memory.append(memory_mib(pids))
                 await asyncio.sleep(1.0)
 
         watcher = asyncio.create_task(watch())

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from harness import memory_mib
+from harness import memory_mib, services
 
 
 def request(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -46,7 +46,7 @@ def once(model: str, port: int) -> dict[str, float]:
         if status != 200:
             raise RuntimeError(f"the first request got {status}")
         first = time.perf_counter() - begin
-        memory = memory_mib(server.pid)
+        memory = memory_mib(services(server.pid))
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
