@@ -14,83 +14,42 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import aiohttp
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one request saw, in seconds."""
-
-    ttft: float
-    gaps: list[float]  # between streamed pieces
-    total: float
-    num_tokens: int  # by the server's usage
-
-
-async def one_request(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> Sample:
-    start = time.perf_counter()
-    arrivals: list[float] = []
-    usage = 0
-    async with session.post(url, json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
-        async for line in response.content:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(event["error"]["message"])
-            if event.get("usage"):
-                usage = event["usage"]["completion_tokens"]
-            if event["choices"]:
-                arrivals.append(time.perf_counter())
-    gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
-    return Sample(arrivals[0] - start, gaps, arrivals[-1] - start, usage)
+from harness import Reply, body, complete, percentile, random_prompt, session
 
 
 async def level(args: argparse.Namespace, clients: int, rounds: int, seed: str) -> dict[str, float]:
     rng = random.Random(seed)  # one of its own, so that no prompt is met twice
-    timeout = aiohttp.ClientTimeout(total=args.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=connector, headers=headers
-    ) as session:
+    async with session(args.timeout, headers=headers) as http:
 
-        async def client() -> list[Sample]:
-            samples = []
+        async def client() -> list[Reply]:
+            replies = []
             for _ in range(rounds):
-                body: dict[str, object] = {
-                    "model": args.model,
-                    "prompt": [rng.randrange(args.vocab) for _ in range(args.prompt_tokens)],
-                    "max_tokens": args.output_tokens,
-                    "temperature": args.temperature,
-                    "ignore_eos": True,
-                    "stream": True,
-                    "stream_options": {"include_usage": True},
-                }
-                samples.append(await one_request(session, args.base_url + "/v1/completions", body))
-            return samples
+                prompt = random_prompt(rng, args.prompt_tokens, args.vocab)
+                data = body(prompt, args.output_tokens, args.model, temperature=args.temperature)
+                replies.append(await complete(http, args.base_url, data))
+                if not replies[-1].ok:
+                    raise RuntimeError(f"{replies[-1].status}: {replies[-1].error}")
+            return replies
 
         start = time.perf_counter()
         waves = await asyncio.gather(*(client() for _ in range(clients)))
         elapsed = time.perf_counter() - start
-    samples = [sample for wave in waves for sample in wave]
-    gaps = sorted(gap for sample in samples for gap in sample.gaps) or [0.0]
-    ttfts = sorted(sample.ttft for sample in samples)
+    replies = [reply for wave in waves for reply in wave]
+    gaps = [gap for reply in replies for gap in reply.gaps] or [0.0]
+    ttfts = [reply.ttft for reply in replies]
     return {
         "clients": clients,
-        "requests": len(samples),
-        "tokens_per_s": sum(s.num_tokens for s in samples) / elapsed,
+        "requests": len(replies),
+        "tokens_per_s": sum(reply.num_tokens for reply in replies) / elapsed,
         "ttft_p50_ms": statistics.median(ttfts) * 1e3,
-        "ttft_p99_ms": ttfts[int(len(ttfts) * 0.99)] * 1e3,
+        "ttft_p99_ms": percentile(ttfts, 0.99) * 1e3,
         "itl_p50_ms": statistics.median(gaps) * 1e3,
-        "itl_p99_ms": gaps[int(len(gaps) * 0.99)] * 1e3,
-        "itl_max_ms": gaps[-1] * 1e3,
+        "itl_p99_ms": percentile(gaps, 0.99) * 1e3,
+        "itl_max_ms": max(gaps) * 1e3,
     }
 
 

@@ -13,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from harness import memory_mib, services
 
 
 def request(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -27,22 +28,6 @@ def request(port: int, method: str, path: str, body: bytes | None = None) -> tup
         return 0, b""
     finally:
         connection.close()
-
-
-def resident_mib(pid: int) -> dict[str, float]:
-    """Resident memory of the children, by the command they run."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            cells = stat.read_text().rpartition(")")[2].split()
-            words = (stat.parent / "cmdline").read_text().split("\0")
-            if int(cells[1]) == pid:
-                status = (stat.parent / "status").read_text()
-                kib = int(status.partition("VmRSS:")[2].split()[0])
-                found[words[words.index("quire.cli") + 1]] = kib / 1024
-        except (OSError, ValueError, IndexError):
-            continue
-    return found
 
 
 def once(model: str, port: int) -> dict[str, float]:
@@ -61,7 +46,7 @@ def once(model: str, port: int) -> dict[str, float]:
         if status != 200:
             raise RuntimeError(f"the first request got {status}")
         first = time.perf_counter() - begin
-        memory = resident_mib(server.pid)
+        memory = memory_mib(services(server.pid))
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)

@@ -16,6 +16,8 @@ from typing import Protocol
 class SchedulerLink(Protocol):
     """The scheduler's end: many workers, told apart by an opaque peer name."""
 
+    num_malformed: int  # messages that came in another shape than (peer, frame), and were dropped
+
     def send(self, peer: bytes, frame: bytes) -> bool:
         """Queue one frame for the peer. False when it can't be reached or does not read."""
 
@@ -47,6 +49,7 @@ class QueueLink:
     """The scheduler's end of an in-process link; `worker()` makes a worker's end."""
 
     def __init__(self) -> None:
+        self.num_malformed = 0  # a queue carries nothing else
         self._inbox: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
         self._peers: dict[bytes, queue.SimpleQueue[tuple[int, bytes] | None]] = {}
         self._lock = threading.Lock()

@@ -145,6 +145,8 @@ class Generation:
                     request_id=template.request_id + suffix,
                     prompt_token_ids=prompt.token_ids,
                     sampling_params=prompt.params.choice(k).to_proto(),
+                    num_together=total,
+                    num_more=total - index - 1,
                 )
                 request = engine.submit(submission, self._bell)
                 self.choices.append(Choice(index, prompt, tokenizer, request))

@@ -22,6 +22,7 @@ from quire.v1 import common_pb2, engine_pb2, engine_pb2_grpc
 from quire.wire import PROTOCOL_VERSION
 from quire_gateway.engine_request import OpenRequest, Submission
 from quire_gateway.engine_rows import Rows
+from quire_gateway.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class EngineClient:
         self.model: engine_pb2.GetModelResponse | None = None
         self.status = f"connecting to the scheduler at {address}"  # while not connected
         self.connected = False
+        self.room = Room()
         self._reconnect_timeout = reconnect_timeout
         self._gateway_id = secrets.token_hex(8)
         self._handles = itertools.count(1)
@@ -101,6 +103,7 @@ class EngineClient:
         fails with 'scheduler_unavailable' after the reconnect timeout."""
         request = OpenRequest(next(self._handles), submission, bell)
         self._open[request.handle] = request
+        self.room.taken()
         if self.connected:
             self._send(engine_pb2.AttachRequest(submit=request.submit()))
         return request
@@ -110,6 +113,7 @@ class EngineClient:
         if self._open.pop(request.handle, None) is not None and self.connected:
             cancel = engine_pb2.Cancel(handle=request.handle, attempt=request.attempt)
             self._send(engine_pb2.AttachRequest(cancel=cancel))
+            self.room.freed(asyncio.get_running_loop().time())
         request.done = True
 
     def fail_all(self, error: QuireError) -> None:
@@ -220,6 +224,7 @@ class EngineClient:
         self.status = f"the scheduler at {self.address} is away"
         self._lost_at = asyncio.get_running_loop().time()
         self._outbox.clear()
+        self.room.forget()
         for request in self._open.values():
             request.attempt += 1
         log.warning("lost the scheduler: %s", reason, extra={"open": self.num_open})
@@ -286,16 +291,24 @@ class EngineClient:
                 stop if stop >= 0 else None, now,
             ):  # fmt: skip
                 raise StreamLost(f"tokens of request {request.submission.request_id} are missing")
-            if finish:
-                del self._open[handle]
             if failed:
                 key = (handle, request.attempt)
-                request.fail(_to_error(failures.pop(key, None), finish))
+                self._fail(request, _to_error(failures.pop(key, None), finish), now)
+            elif finish:
+                del self._open[handle]
+                self.room.freed(now)
         for (handle, attempt), error in failures.items():  # refused before any row
             request = self._open.get(handle)
             if request is not None and request.attempt == attempt:
-                del self._open[handle]
-                request.fail(_to_error(error, common_pb2.FINISH_REASON_ERROR))
+                self._fail(request, _to_error(error, common_pb2.FINISH_REASON_ERROR), now)
+
+    def _fail(self, request: OpenRequest, error: QuireError, now: float) -> None:
+        del self._open[request.handle]
+        if error.name != "queue_full":
+            self.room.freed(now)
+        elif request.submission.num_together == 1:  # for several there may be less room than asked
+            self.room.refused(now, error.retry_after_s or 1.0)
+        request.fail(error)
 
 
 def _to_error(error: common_pb2.Error | None, finish: int) -> QuireError:

@@ -29,6 +29,8 @@ class Submission:
     cache_salt: str = ""
     tenant: str = ""
     trace: tuple[str, str] = ("", "")  # traceparent, tracestate
+    num_together: int = 1  # sequences of the client's request: all are taken, or none
+    num_more: int = 0  # of them, those that follow this one
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class OpenRequest:
             cache_salt=asked.cache_salt,
             tenant=asked.tenant,
             deaths=self.deaths,
+            num_more=asked.num_more,
             trace=common_pb2.TraceContext(traceparent=asked.trace[0], tracestate=asked.trace[1]),
         )
 

@@ -77,7 +77,9 @@ def error_response(error: QuireError) -> web.Response:
     body["error"]["message"] = error.message[:MAX_MESSAGE]
     response = json_response(body, error.kind.status)
     if error.kind.retry:
-        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))
+        wait = error.retry_after_s or 1.0
+        response.headers["Retry-After"] = str(max(1, math.ceil(wait)))
+        response.headers["retry-after-ms"] = str(math.ceil(wait * 1000))
     else:
         response.headers["x-should-retry"] = "false"
     if error.kind.status == HTTPStatus.UNAUTHORIZED:
@@ -170,5 +172,6 @@ def _finish(gateway: Gateway, record: RequestRecord) -> None:
         metrics.llm_duration.observe(record.duration * 1000)
     record.span.set(http__response__status_code=record.status)
     record.span.end(record.error)
-    level = logging.DEBUG if record.route in _QUIET else logging.INFO
+    quiet = record.route in _QUIET or record.error == "queue_full"  # Room logs those together
+    level = logging.DEBUG if quiet else logging.INFO
     log.log(level, "request", extra=record.log_fields())

@@ -62,6 +62,10 @@ class Metrics:
         self.in_flight = Gauge(
             "quire_requests_in_flight", "Generation requests being answered", registry=registry
         )
+        self.refused_early = Counter(
+            "quire_requests_refused_early", "Requests refused unread, as the scheduler had just "
+            "refused others", registry=registry,
+        )  # fmt: skip
         self.ttft = Histogram(
             "quire_request_time_to_first_token_seconds", "From a request's arrival to its first "
             "token at the gateway", buckets=TTFT_BUCKETS, registry=registry,

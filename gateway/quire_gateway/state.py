@@ -42,10 +42,16 @@ class Gateway:
 
     # -- generation requests
     def enter(self) -> None:
-        """A generation request begins. Raises 'draining' or 'not_ready'."""
+        """A generation request begins. Raises 'draining', 'not_ready' or 'queue_full', before
+        any work is done for it."""
         if self.draining:
             raise QuireError("draining", "The server is shutting down.", retry_after_s=1.0)
         self.ready_text()
+        try:
+            self.engine.room.check(time.monotonic())
+        except QuireError:
+            self.metrics.refused_early.inc()
+            raise
         self.total_requests += 1
         self.active += 1
         self.idle.clear()

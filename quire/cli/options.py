@@ -84,6 +84,16 @@ COMMANDS = (
         ),
         "MODEL",
     ),
+    Command(
+        "blocks",
+        "who has the KV blocks of a running server, their age and hits",
+        "quire.cli.blocks:run",
+        (
+            Option("--id", "these blocks; default: those most often found again", "A,B"),
+            Option("--limit", "how many, when no --id is given", "N", "32"),
+            *_SETTINGS,
+        ),
+    ),
     Command("gateway", "only the gateway (HTTP)", "quire.cli.services:gateway", _SETTINGS),
     Command("scheduler", "only the scheduler", "quire.cli.services:scheduler", _SETTINGS),
     Command(

@@ -70,7 +70,7 @@ class AttachHello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "attempt", "request_id", "kind", "prompt_token_ids", "output_token_ids", "sampling_params", "priority", "adapter", "cache_salt", "tenant", "deaths", "grammar", "trace", "multimodal")
+    __slots__ = ("handle", "attempt", "request_id", "kind", "prompt_token_ids", "output_token_ids", "sampling_params", "priority", "adapter", "cache_salt", "tenant", "deaths", "grammar", "trace", "multimodal", "num_more")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class Submit(_message.Message):
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     MULTIMODAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_MORE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     attempt: int
     request_id: str
@@ -101,7 +102,8 @@ class Submit(_message.Message):
     grammar: _common_pb2.Grammar
     trace: _common_pb2.TraceContext
     multimodal: bytes
-    def __init__(self, handle: _Optional[int] = ..., attempt: _Optional[int] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[_common_pb2.RequestKind, str]] = ..., prompt_token_ids: _Optional[bytes] = ..., output_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., deaths: _Optional[int] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ..., multimodal: _Optional[bytes] = ...) -> None: ...
+    num_more: int
+    def __init__(self, handle: _Optional[int] = ..., attempt: _Optional[int] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[_common_pb2.RequestKind, str]] = ..., prompt_token_ids: _Optional[bytes] = ..., output_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., deaths: _Optional[int] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ..., multimodal: _Optional[bytes] = ..., num_more: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handle", "attempt")
@@ -298,3 +300,47 @@ class DrainResponse(_message.Message):
     NUM_UNFINISHED_FIELD_NUMBER: _ClassVar[int]
     num_unfinished: int
     def __init__(self, num_unfinished: _Optional[int] = ...) -> None: ...
+
+class DescribeBlocksRequest(_message.Message):
+    __slots__ = ("block_ids", "limit")
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    limit: int
+    def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class DescribeBlocksResponse(_message.Message):
+    __slots__ = ("num_blocks", "num_used", "num_cached", "num_free", "block_size", "blocks")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_USED_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_used: int
+    num_cached: int
+    num_free: int
+    block_size: int
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockDescription]
+    def __init__(self, num_blocks: _Optional[int] = ..., num_used: _Optional[int] = ..., num_cached: _Optional[int] = ..., num_free: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockDescription, _Mapping]]] = ...) -> None: ...
+
+class BlockDescription(_message.Message):
+    __slots__ = ("block_id", "state", "tier", "owners", "num_holders", "age_s", "hits", "name")
+    BLOCK_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    OWNERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    block_id: int
+    state: str
+    tier: str
+    owners: _containers.RepeatedScalarFieldContainer[str]
+    num_holders: int
+    age_s: float
+    hits: int
+    name: bytes
+    def __init__(self, block_id: _Optional[int] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., owners: _Optional[_Iterable[str]] = ..., num_holders: _Optional[int] = ..., age_s: _Optional[float] = ..., hits: _Optional[int] = ..., name: _Optional[bytes] = ...) -> None: ...

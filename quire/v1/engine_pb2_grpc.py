@@ -76,6 +76,11 @@ class EngineServiceStub:
                 request_serializer=quire_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
                 response_deserializer=quire_dot_v1_dot_engine__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.DescribeBlocks = channel.unary_unary(
+                '/quire.v1.EngineService/DescribeBlocks',
+                request_serializer=quire_dot_v1_dot_engine__pb2.DescribeBlocksRequest.SerializeToString,
+                response_deserializer=quire_dot_v1_dot_engine__pb2.DescribeBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -136,6 +141,13 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeBlocks(self, request, context):
+        """Who has which KV block. A search through the books: for people, not for polling.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +190,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=quire_dot_v1_dot_engine__pb2.DrainRequest.FromString,
                     response_serializer=quire_dot_v1_dot_engine__pb2.DrainResponse.SerializeToString,
+            ),
+            'DescribeBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeBlocks,
+                    request_deserializer=quire_dot_v1_dot_engine__pb2.DescribeBlocksRequest.FromString,
+                    response_serializer=quire_dot_v1_dot_engine__pb2.DescribeBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +415,33 @@ class EngineService:
             '/quire.v1.EngineService/Drain',
             quire_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
             quire_dot_v1_dot_engine__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.EngineService/DescribeBlocks',
+            quire_dot_v1_dot_engine__pb2.DescribeBlocksRequest.SerializeToString,
+            quire_dot_v1_dot_engine__pb2.DescribeBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,7 +1,8 @@
 """The two crossings between gRPC's event loop and the engine thread, and the wire's forms.
 
 OutputStream brings outputs from the engine to a coroutine without ever making the engine wait;
-the functions below turn gRPC messages into Submissions. Knows no server and no engine.
+the functions below turn gRPC messages into Submissions, and books into messages. Knows no server
+and no engine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from quire.sampling import SamplingParams
 from quire.telemetry import NO_CONTEXT, Context
 from quire.v1 import common_pb2, engine_pb2
 from quire_scheduler.columns import I32
+from quire_scheduler.kv import BlockInfo
 from quire_scheduler.outputs import Outputs, merge
 from quire_scheduler.request import Submission
 
@@ -85,6 +87,7 @@ def from_submit(message: engine_pb2.Submit) -> Submission:
         grammar=message.grammar if message.HasField("grammar") else None,
         trace=trace,
         multimodal=message.multimodal,
+        num_more=message.num_more,
     )
 
 
@@ -113,6 +116,19 @@ def from_embed(message: engine_pb2.EmbedRequest, request_id: str, trace: Context
         prompt_token_ids=np.array(message.prompt_token_ids, np.int32),
         params=SamplingParams(),
         trace=trace,
+    )
+
+
+def to_description(info: BlockInfo) -> engine_pb2.BlockDescription:
+    return engine_pb2.BlockDescription(
+        block_id=info.block_id,
+        state=info.state,
+        tier=info.tier,
+        owners=info.owners,
+        num_holders=info.num_holders,
+        age_s=info.age_s,
+        hits=info.hits,
+        name=info.name or b"",
     )
 
 

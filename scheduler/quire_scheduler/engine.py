@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
 from quire.config import EngineConfig
+from quire.errors import InvalidRequest, QuireError
 from quire.link import SchedulerLink
 from quire.telemetry import Tracer
 from quire.v1 import step_pb2
@@ -28,6 +29,7 @@ from quire_scheduler.counters import Counters
 from quire_scheduler.driver import Driver
 from quire_scheduler.intake import Intake
 from quire_scheduler.journal import Direction, Journal
+from quire_scheduler.kv.explain import BlockInfo, explain_blocks, most_hit
 from quire_scheduler.outputs import Client, Outputs
 from quire_scheduler.request import Submission
 
@@ -51,9 +53,13 @@ class Stats:
     num_blocks_total: int = 0
     num_blocks_used: int = 0  # held by requests
     num_blocks_cached: int = 0  # evictable
+    max_requests: int = 0  # running and waiting; more are refused
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    evicted_blocks: int = 0
+    grafted_blocks: int = 0
     output_tokens: int = 0
+    malformed_frames: int = 0  # of the link: in another shape than (peer, frame)
     epoch: int = 0
     ready: bool = False  # a worker group is connected
     draining: bool = False
@@ -130,11 +136,11 @@ class Engine:
     def cancel(self, client: Client, handle: int, attempt: int = 0) -> None:
         """Drop a request of this attempt or an older one. Nothing more is delivered for it, and
         the first plan built after this call arrives does not hold it."""
-        self._post(lambda: self._intake.cancel(client, handle, attempt))
+        self._post(lambda: self._intake.cancel(client, handle, attempt, self._clock()))
 
     def detach(self, client: Client) -> None:
         """The client is gone: all its requests are cancelled, nothing more is delivered."""
-        self._post(lambda: self._intake.detach(client))
+        self._post(lambda: self._intake.detach(client, self._clock()))
 
     def drain(self, timeout: float) -> int:
         """Refuse new requests; wait until the accepted ones are done or the time is up. Returns
@@ -165,9 +171,13 @@ class Engine:
             num_blocks_total=kv.num_usable if kv else 0,
             num_blocks_used=kv.num_used if kv else 0,
             num_blocks_cached=kv.num_cached if kv else 0,
+            max_requests=self._intake.room,
             prefix_query_tokens=kv.stats.query_tokens if kv else 0,
             prefix_hit_tokens=kv.stats.hit_tokens if kv else 0,
+            evicted_blocks=kv.stats.evicted_blocks if kv else 0,
+            grafted_blocks=kv.stats.grafted_blocks if kv else 0,
             output_tokens=self.counters.output_tokens,
+            malformed_frames=self._link.num_malformed,
             epoch=driver.epoch,
             ready=driver.ready,
             draining=self._draining,
@@ -176,6 +186,21 @@ class Engine:
             worker_metrics=tuple((w.rank, w.metrics) for w in workers if w.metrics),
             worker_memory_bytes=sum(w.memory_bytes for w in workers),
         )
+
+    def describe_blocks(self, block_ids: Sequence[int], limit: int) -> list[BlockInfo]:
+        """These blocks; none given = up to `limit` of those most often found again. Waits for the
+        engine thread. Raises QuireError."""
+
+        def look() -> list[BlockInfo]:
+            state = self._driver.state
+            if state is None:
+                raise QuireError("not_ready", "There are no blocks before a worker is there.")
+            try:
+                return explain_blocks(state.kv, block_ids or most_hit(state.kv, limit))
+            except IndexError as error:
+                raise InvalidRequest(f"{error}.", "block_ids") from None
+
+        return self._call(look)
 
     def model(self) -> ModelInfo | None:
         """The model as the workers described it; None before the first Hello."""
@@ -301,7 +326,7 @@ class Engine:
         """Deliver what the driver has for clients, and forget requests that ended."""
         deliveries, ended = self._driver.outbox.take()
         for number, outputs in deliveries:
-            self._intake.deliver(number, outputs)
+            self._intake.deliver(number, outputs, now)
         for request in ended:
             self._intake.ended(request, now)
 

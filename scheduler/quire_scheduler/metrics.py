@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from quire.errors import AddressInUse, ConfigError
 from quire_scheduler.counters import Counters, Histogram
-from quire_scheduler.engine import Engine
+from quire_scheduler.engine import Engine, Stats
 from quire_scheduler.throughput import Throughput
 
 STATES = ("loading", "ready", "draining", "failed")
@@ -40,17 +40,22 @@ class EngineCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        counters = self._engine.counters
-        yield from self._gauges()
-        yield from _counters(counters)
+        counters, stats = self._engine.counters, self._engine.stats()
+        yield from self._gauges(stats)
+        yield from _running_totals(stats)
+        yield from _counters(counters, stats)
         yield from _histograms(counters)
 
-    def _gauges(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
+    def _gauges(self, stats: Stats) -> Iterator[Metric]:
         total = stats.num_blocks_total
         for name, text, value in (
             ("quire_requests_running", "Requests that have a slot", stats.num_running),
             ("quire_requests_waiting", "Requests that wait for a slot", stats.num_waiting),
+            (
+                "quire_requests_limit",
+                "Requests that may run and wait in all; more are refused",
+                stats.max_requests,
+            ),
             ("quire_kv_blocks", "KV blocks in all", total),
             ("quire_kv_blocks_used", "KV blocks held by requests", stats.num_blocks_used),
             ("quire_kv_blocks_cached", "KV blocks kept for reuse", stats.num_blocks_cached),
@@ -75,23 +80,38 @@ class EngineCollector(Collector):
         for name in STATES:
             state.add_metric([name], int(name == now))
         yield state
-        for name, text, value in (
-            ("quire_preemptions", "Requests that lost their blocks", stats.num_preemptions),
-            (
-                "quire_prefix_cache_query_tokens",
-                "Prompt tokens looked up in the prefix cache",
-                stats.prefix_query_tokens,
-            ),
-            (
-                "quire_prefix_cache_hit_tokens",
-                "Prompt tokens found in the prefix cache",
-                stats.prefix_hit_tokens,
-            ),
-        ):
-            yield CounterMetricFamily(name, text, value)
 
 
-def _counters(counters: Counters) -> Iterator[Metric]:
+def _running_totals(stats: Stats) -> Iterator[Metric]:
+    for name, text, value in (
+        ("quire_preemptions", "Requests that lost their blocks", stats.num_preemptions),
+        (
+            "quire_prefix_cache_query_tokens",
+            "Prompt tokens looked up in the prefix cache",
+            stats.prefix_query_tokens,
+        ),
+        (
+            "quire_prefix_cache_hit_tokens",
+            "Prompt tokens found in the prefix cache",
+            stats.prefix_hit_tokens,
+        ),
+        (
+            "quire_prefix_cache_evicted_blocks",
+            "Cached blocks that made room for others",
+            stats.evicted_blocks,
+        ),
+        (
+            "quire_prefix_cache_grafted_blocks",
+            "Blocks known by name only, from before a restart, that a prompt found",
+            stats.grafted_blocks,
+        ),
+    ):
+        yield CounterMetricFamily(name, text, value)
+
+
+def _counters(counters: Counters, stats: Stats) -> Iterator[Metric]:
+    dropped = counters.frames_dropped.copy()
+    dropped["malformed"] = dropped.get("malformed", 0) + stats.malformed_frames
     for name, text, value in (
         ("quire_scheduler_steps", "Steps that were run", counters.steps),
         ("quire_output_tokens", "Tokens sampled", counters.output_tokens),
@@ -105,7 +125,7 @@ def _counters(counters: Counters) -> Iterator[Metric]:
     for name, text, label, values in (
         ("quire_scheduler_requests", "Requests ended", "reason", counters.finished),
         ("quire_scheduler_rejects", "Submissions refused", "error", counters.rejected),
-        ("quire_frames_dropped", "Frames not used", "reason", counters.frames_dropped),
+        ("quire_frames_dropped", "Frames not used", "reason", dropped),
     ):
         family = CounterMetricFamily(name, text, labels=[label])
         for key, value in sorted(values.copy().items()):

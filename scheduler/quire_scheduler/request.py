@@ -43,6 +43,7 @@ class Submission:
     grammar: common_pb2.Grammar | None = None
     trace: Context = NO_CONTEXT
     multimodal: bytes = b""
+    num_more: int = 0  # submissions that follow at once and belong together: all or none
 
 
 @dataclass(eq=False, slots=True)

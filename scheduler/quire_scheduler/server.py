@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -19,11 +20,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from quire.config import EngineConfig
-from quire.errors import AddressInUse, ConfigError, QuireError
+from quire.errors import AddressInUse, ConfigError, InvalidRequest, QuireError
 from quire.telemetry import NO_CONTEXT, Context
 from quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.wire import PROTOCOL_VERSION
-from quire_scheduler.bridge import OutputStream, from_embed, from_generate, from_submit
+from quire_scheduler.bridge import (
+    OutputStream,
+    from_embed,
+    from_generate,
+    from_submit,
+    to_description,
+)
 from quire_scheduler.engine import Engine
 from quire_scheduler.metrics import MetricsPage, resident_bytes
 from quire_scheduler.outputs import ERROR, one_row
@@ -34,6 +41,7 @@ SERVICE = "quire.v1.EngineService"
 HEALTH_POLL_S = 0.1
 HELLO_TIMEOUT_S = 10.0
 MAX_MESSAGE_BYTES = 256 << 20
+MAX_BLOCKS, FEW_BLOCKS = 256, 32  # in one description
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # or a second server on the port is accepted silently
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -223,6 +231,28 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         left = await asyncio.to_thread(self._engine.drain, timeout)
         return engine_pb2.DrainResponse(num_unfinished=left)
 
+    async def DescribeBlocks(
+        self, request: engine_pb2.DescribeBlocksRequest, context: Any
+    ) -> engine_pb2.DescribeBlocksResponse:
+        try:
+            if len(request.block_ids) > MAX_BLOCKS or request.limit > MAX_BLOCKS:
+                raise InvalidRequest(f"At most {MAX_BLOCKS} blocks are described at once.")
+            found = await asyncio.to_thread(
+                self._engine.describe_blocks, list(request.block_ids), request.limit or FEW_BLOCKS
+            )
+        except QuireError as error:
+            await abort(context, error)
+        stats, model = self._engine.stats(), self._engine.model()
+        used, cached = stats.num_blocks_used, stats.num_blocks_cached
+        return engine_pb2.DescribeBlocksResponse(
+            num_blocks=stats.num_blocks_total,
+            num_used=used,
+            num_cached=cached,
+            num_free=stats.num_blocks_total - used - cached,
+            block_size=model.block_size if model else 0,
+            blocks=[to_description(info) for info in found],
+        )
+
     async def Embed(
         self, request: engine_pb2.EmbedRequest, context: Any
     ) -> engine_pb2.EmbedResponse:
@@ -269,8 +299,7 @@ async def abort(context: Any, error: QuireError) -> NoReturn:
     if error.param:
         trailing.append(("quire-error-param", error.param))
     if error.kind.retry:
-        wait = int((error.retry_after_s or 1.0) * 1000)
-        trailing.append(("retry-after-ms", str(max(wait, 1))))
+        trailing.append(("retry-after-ms", str(math.ceil((error.retry_after_s or 1.0) * 1000))))
     code = getattr(grpc.StatusCode, error.kind.grpc)
     await context.abort(code, error.message, trailing_metadata=tuple(trailing))
     raise AssertionError("abort() returned")

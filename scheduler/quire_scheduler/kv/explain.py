@@ -5,7 +5,9 @@ Changes nothing and is slow on purpose: it recomputes what the manager keeps up 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,29 +35,63 @@ class BlockInfo:
     name: bytes | None  # 16 bytes; None while not hashed yet, or never published
 
 
-def explain_block(kv: KVManager, block_id: int) -> BlockInfo:
-    """See KVManager.explain. IndexError if there is no such block."""
+def explain_blocks(kv: KVManager, block_ids: Sequence[int]) -> list[BlockInfo]:
+    """What is known of each of them, in one pass. IndexError if there is no such block."""
     pool = kv.pool
-    if not 0 <= block_id < pool.num_blocks:
-        raise IndexError(f"block {block_id} does not exist: the pool has {pool.num_blocks}")
+    wanted = np.zeros(pool.num_blocks, np.bool_)
+    for block_id in block_ids:
+        if not 0 <= block_id < pool.num_blocks:
+            raise IndexError(f"block {block_id} does not exist: the pool has {pool.num_blocks}")
+        wanted[block_id] = True
+    owners: dict[int, list[str]] = {}
+    for handle in kv.handles.values():
+        for block_id in handle.block_ids[wanted[handle.block_ids]].tolist():
+            owners.setdefault(block_id, []).append(handle.owner)
+    shared: dict[int, tuple[Node, int]] = {}  # node, place in it
+    for node in kv.tree.nodes():
+        ids = node.ids
+        for place in np.flatnonzero(wanted[ids]).tolist():
+            shared[int(ids[place])] = node, place
+    now = kv.clock()
+    found = []
+    for block_id in block_ids:
+        age, hits, name = None, 0, kv.index.name_of(block_id)
+        if block_id in shared:
+            node, place = shared[block_id]
+            name = bytes(node.names[place * NAME_BYTES : (place + 1) * NAME_BYTES]) or None
+            age, hits = now - node.created, node.hits
+        found.append(
+            BlockInfo(
+                block_id,
+                _state(kv, block_id),
+                "device",
+                tuple(owners.get(block_id, ())),
+                int(pool.refs[block_id]),
+                age,
+                hits,
+                name,
+            )
+        )
+    return found
+
+
+def most_hit(kv: KVManager, count: int) -> list[int]:
+    """Blocks of the prefix tree by how often they were found again, most first."""
+    nodes = sorted(kv.tree.nodes(), key=lambda node: -node.hits)
+    chain = (int(block_id) for node in nodes for block_id in node.ids)
+    return list(islice(chain, count))
+
+
+def _state(kv: KVManager, block_id: int) -> str:
+    pool = kv.pool
     holders = int(pool.refs[block_id])
     if block_id == NULL_BLOCK:
-        state = "null"
-    elif pool.is_free(block_id):
-        state = "free"
-    elif not holders:
-        state = "cached"
-    else:
-        state = "fenced" if holders == int(pool.fence_refs[block_id]) else "used"
-    owners = tuple(handle.owner for handle in kv.handles.values() if block_id in handle.block_ids)
-    age, hits, name = None, 0, kv.index.name_of(block_id)
-    for node in kv.tree.nodes():
-        where = np.flatnonzero(node.ids == block_id)
-        if len(where):
-            start = int(where[0]) * NAME_BYTES
-            name = bytes(node.names[start : start + NAME_BYTES]) or None
-            age, hits = kv.clock() - node.created, node.hits
-    return BlockInfo(block_id, state, "device", owners, holders, age, hits, name)
+        return "null"
+    if pool.is_free(block_id):
+        return "free"
+    if not holders:
+        return "cached"
+    return "fenced" if holders == int(pool.fence_refs[block_id]) else "used"
 
 
 def check_books(kv: KVManager) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quire_scheduler.kv import eviction
 from quire_scheduler.kv.blocks import BlockAccountingError, BlockIds, BlockPool
-from quire_scheduler.kv.explain import BlockInfo, check_books, explain_block
+from quire_scheduler.kv.explain import BlockInfo, check_books, explain_blocks
 from quire_scheduler.kv.handle import KVHandle, KVStats
 from quire_scheduler.kv.names import (
     NAME_BYTES,
@@ -316,7 +316,7 @@ class KVManager:
 
     def explain(self, block_id: int) -> BlockInfo:
         """Who has a block, where, since when. A search: for people, not for the loop."""
-        return explain_block(self, block_id)
+        return explain_blocks(self, [block_id])[0]
 
     def check(self) -> None:
         """Raises BlockAccountingError unless pool, tree, handles and index agree. When idle."""

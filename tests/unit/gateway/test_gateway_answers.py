@@ -219,7 +219,7 @@ async def test_engine_error_before_any_token_is_a_status(folder: Path) -> None:
         for extra in ({}, {"stream": True}):
             status, body, headers = await s.post("/v1/chat/completions", CHAT | extra)
             assert status == 429 and body["error"]["code"] == "queue_full"
-            assert headers["Retry-After"] == "3" and "x-should-retry" not in headers
+            assert int(headers["Retry-After"]) >= 3 and "x-should-retry" not in headers
 
 
 async def test_engine_error_in_a_stream_is_an_event_without_done(folder: Path) -> None:

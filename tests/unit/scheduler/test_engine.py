@@ -260,16 +260,47 @@ def test_a_full_queue_refuses_with_the_time_to_wait():
     assert rig.client[50].reason == "length"
 
 
-def test_retry_after_follows_the_measured_rate():
+def test_retry_after_follows_the_rate_while_busy_and_not_that_of_arrivals():
     rig = Rig(max_num_seqs=1, max_waiting=0)
-    for _ in range(6):
+    for _ in range(10):
         rig.submit([5], max_tokens=2)
+        rig.turn()
+        rig.now += 2.0  # so long does one take
         rig.run()
-        rig.now += 2.0
+        rig.now += 600.0  # nobody asks for ten minutes
     rig.submit([5], max_tokens=200)
-    rig.submit([6], max_tokens=2)
+    rig.submit([6])
+    rig.submit([7])
     rig.turn()
-    assert 1.0 < rig.client[7].error.retry_after_s < 4.0
+    first, second = (rig.client[i].error.retry_after_s for i in (11, 12))
+    assert 1.5 < first < 2.5 and second == pytest.approx(2 * first, rel=0.2)
+
+
+def test_a_request_of_several_is_taken_whole_or_refused_whole():
+    rig = Rig(max_num_seqs=2, max_waiting=3)
+    for left in (2, 1, 0):
+        rig.submit([5], max_tokens=4, num_more=left)
+    for left in (2, 1, 0):  # room for two, three are wanted
+        rig.submit([7], num_more=left)
+    for left in (1, 0):
+        rig.submit([8], max_tokens=4, num_more=left)
+    for left in (5, 4):  # never
+        rig.submit([9], num_more=left)
+    rig.run()
+    reasons = [rig.client[i].reason for i in range(10)]
+    assert reasons == ["length"] * 3 + ["error"] * 3 + ["length"] * 2 + ["error"] * 2
+    assert {rig.client[i].error.name for i in (3, 4, 5)} == {"queue_full"}
+    assert "6 sequences" in rig.client[8].error.message
+    assert rig.client[9].error.name == "invalid_request"
+
+
+def test_only_those_that_follow_a_refused_one_are_refused_with_it():
+    rig = Rig(max_num_seqs=2, max_waiting=0)
+    rig.submit([5], max_tokens=4)
+    rig.submit([6], num_more=2)
+    rig.submit([7], max_tokens=4)  # not what was announced: a request of its own
+    rig.run()
+    assert [rig.client[i].reason for i in range(3)] == ["length", "error", "length"]
 
 
 def test_max_requests_bounds_running_and_waiting():

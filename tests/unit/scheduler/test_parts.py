@@ -174,6 +174,7 @@ def page_of_a_run() -> MetricsPage:
         rig.submit([7 + i] * 20, max_tokens=60)
     rig.submit([])
     rig.run()
+    rig.link.num_malformed = 3
     return MetricsPage(rig.engine, Throughput(rig.engine))
 
 
@@ -190,6 +191,10 @@ def test_the_metrics_page_says_what_happened():
     assert values["quire_scheduler_rejects_total", "invalid_request"] == 1
     assert values["quire_preemptions_total",] > 0
     assert values["quire_kv_blocks_used",] == 0
+    assert values["quire_requests_limit",] == 256 + 4096
+    assert values["quire_prefix_cache_evicted_blocks_total",] > 0
+    assert values["quire_prefix_cache_grafted_blocks_total",] == 0
+    assert values["quire_frames_dropped_total", "malformed"] == 3
     assert values["quire_engine_state", "ready"] == 1
     steps = values["quire_scheduler_steps_total",]
     parts = ("plan", "wire", "queue", "prepare", "forward", "sample", "idle")

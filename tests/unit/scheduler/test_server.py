@@ -405,3 +405,50 @@ async def test_a_taken_port_is_an_error():
         with pytest.raises(AddressInUse, match="--engine-address"):
             await other.start(f"127.0.0.1:{running.port}")
         await other.stop(0)
+
+
+async def test_a_full_engine_refuses_a_call_with_the_time_to_wait():
+    slow = Options(num_blocks=512, max_slots=8, latency=lambda tokens: 0.01)
+    async with serving(slow, max_num_seqs=1, max_waiting=0) as running:
+        first = running.stub.Generate(generate([5], max_tokens=300, ignore_eos=True))
+        await first.read()
+        call = running.stub.Generate(generate([6]))
+        assert await call.code() == CODE.RESOURCE_EXHAUSTED
+        trailing = dict(await call.trailing_metadata())
+        assert trailing["quire-error"] == "queue_full"
+        assert 50 <= int(trailing["retry-after-ms"]) <= 60_000
+        streams = await attach(running)
+        await streams.call.write(submit(1, [7]))
+        await streams.until_finished(1)
+        assert streams.failures[1].name == "queue_full"
+        assert 0.05 <= streams.failures[1].retry_after_s <= 60
+        first.cancel()
+        await until(lambda: running.engine._intake.num_live == 0)
+        await streams.call.write(submit(2, [7], max_tokens=2))
+        await streams.until_finished(2)
+        assert streams.reasons[2] == common_pb2.FINISH_REASON_LENGTH
+
+
+async def test_blocks_can_be_asked_who_has_them():
+    async with serving() as running:
+        describe = running.stub.DescribeBlocks
+        prompt = list(range(3, 60))
+        for _ in range(2):  # the second finds what the first has left
+            async for _ in running.stub.Generate(generate(prompt, max_tokens=2)):
+                pass
+        answer = await describe(engine_pb2.DescribeBlocksRequest(limit=2))
+        assert answer.num_blocks == 511 and answer.block_size == 16
+        assert answer.num_used + answer.num_cached + answer.num_free == 511
+        shared = answer.blocks[0]
+        assert (shared.state, shared.hits, len(answer.blocks)) == ("cached", 1, 2)
+        assert len(shared.name) == 16 and shared.age_s >= 0 and not shared.owners
+        call = running.stub.Generate(generate(prompt, request_id="me", max_tokens=400))
+        await call.read()
+        held = await describe(engine_pb2.DescribeBlocksRequest(block_ids=[shared.block_id, 0]))
+        assert list(held.blocks[0].owners) == ["me"] and held.blocks[0].state == "used"
+        assert held.blocks[1].state == "null" and not held.blocks[1].HasField("age_s")
+        call.cancel()
+        for wrong in ({"block_ids": [512]}, {"block_ids": range(300)}, {"limit": 1000}):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await describe(engine_pb2.DescribeBlocksRequest(**wrong))
+            assert caught.value.code() == CODE.INVALID_ARGUMENT
