@@ -246,7 +246,9 @@ def test_the_host_tier_is_part_of_the_hello(folder):
         planner.run(kv_ops=[copy])
         hello = worker.hello()
         assert (hello.held_host_block_ids, hello.held_host_block_names) == (i32(1), b"n" * 16)
-        assert b"quire_worker_host_kv_pool_bytes 1.04" in worker.heartbeat().metrics
+        page = text_string_to_metric_families(worker.heartbeat().metrics.decode())
+        size = next(f.samples[0].value for f in page if f.name == "quire_worker_host_kv_pool_bytes")
+        assert size == host.num_blocks * host.block_bytes
     finally:
         worker.close()
 
