@@ -67,7 +67,7 @@ def _read(op: pb.KvOp, seq: int, limits: Limits) -> Order:
 
 def _kind_name(kind: int) -> str:
     try:
-        return pb.KvOpKind.Name(kind)  # type: ignore[arg-type]
+        return pb.KvOpKind.Name(kind)
     except ValueError:
         return f"kind {kind}"
 
