@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_builders import BLOCK, IDENTITY, Clock
 
@@ -172,6 +172,7 @@ def test_lost_blocks_are_found_by_the_check():
         host.check()
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 6),
     st.lists(st.tuples(st.sampled_from("olten"), st.integers(0, 9)), max_size=60),
