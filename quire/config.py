@@ -241,6 +241,11 @@ class EngineConfig:
                 "--itl-target-ms holds by cutting prompts into chunks; "
                 "leave --enable-chunked-prefill on, or take the target away."
             )
+        if self.host_cache_memory and not self.enable_prefix_caching:
+            raise ConfigError(
+                "--host-cache-memory keeps blocks that the prefix cache lets go; "
+                "leave --enable-prefix-caching on, or give --host-cache-memory 0."
+            )
         return self
 
     @property

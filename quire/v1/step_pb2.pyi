@@ -350,18 +350,20 @@ class StepResult(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., seq: _Optional[int] = ..., worker_epoch: _Optional[int] = ..., status: _Optional[_Union[StepStatus, str]] = ..., error: _Optional[str] = ..., slots: _Optional[bytes] = ..., num_outputs: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., finished: _Optional[bytes] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., kv_ops_done: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., row_errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., device_memory_bytes: _Optional[int] = ..., pooled: _Optional[bytes] = ..., num_accepted: _Optional[int] = ...) -> None: ...
 
 class StepTimings(_message.Message):
-    __slots__ = ("queue_micros", "prepare_micros", "forward_micros", "sample_micros", "idle_micros")
+    __slots__ = ("queue_micros", "prepare_micros", "forward_micros", "sample_micros", "idle_micros", "copy_micros")
     QUEUE_MICROS_FIELD_NUMBER: _ClassVar[int]
     PREPARE_MICROS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_MICROS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_MICROS_FIELD_NUMBER: _ClassVar[int]
     IDLE_MICROS_FIELD_NUMBER: _ClassVar[int]
+    COPY_MICROS_FIELD_NUMBER: _ClassVar[int]
     queue_micros: int
     prepare_micros: int
     forward_micros: int
     sample_micros: int
     idle_micros: int
-    def __init__(self, queue_micros: _Optional[int] = ..., prepare_micros: _Optional[int] = ..., forward_micros: _Optional[int] = ..., sample_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ...) -> None: ...
+    copy_micros: int
+    def __init__(self, queue_micros: _Optional[int] = ..., prepare_micros: _Optional[int] = ..., forward_micros: _Optional[int] = ..., sample_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., copy_micros: _Optional[int] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("slot", "error")

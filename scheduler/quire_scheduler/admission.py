@@ -93,6 +93,7 @@ def accept(
             attributes={"quire.request_id": submission.request_id},
         ),
         resumed=submission.attempt > 0 or len(output) > 0,
+        num_reached=len(prompt) + len(output) - 1 if len(output) else 0,
     )
 
 

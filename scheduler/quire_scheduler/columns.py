@@ -149,6 +149,7 @@ class Columns:
         self.attached[slot] = True
         self.requests[slot] = request
         self.kv[slot] = kv
+        request.num_hit = num_cached
         request.slot = slot
         request.columns = self
         return slot

@@ -63,6 +63,7 @@ class Counters:
     worker_queue_time: Histogram = field(default_factory=_seconds)
     prepare_time: Histogram = field(default_factory=_seconds)
     forward_time: Histogram = field(default_factory=_seconds)
+    copy_time: Histogram = field(default_factory=_seconds)  # of steps that copy blocks
     sample_time: Histogram = field(default_factory=_seconds)
     idle_time: Histogram = field(default_factory=_seconds)
     step_time: Histogram = field(default_factory=_seconds)  # on the worker, without queue and idle

@@ -27,14 +27,16 @@ from quire_scheduler.journal import Direction, Journal
 from quire_scheduler.memory import describe
 from quire_scheduler.outbox import Outbox
 from quire_scheduler.pace import Pacer
+from quire_scheduler.preemption import Victim
 from quire_scheduler.request import Request
-from quire_scheduler.schedule import publish_outputs, schedule
+from quire_scheduler.schedule import preempt, publish_outputs, schedule
 from quire_scheduler.shares import Limits
 from quire_scheduler.state import State
 
 log = logging.getLogger("quire.scheduler")
 
 HEARTBEAT_S = 1.0
+COPY_SHARE = 0.1  # of --itl-target-ms, for copies between the tiers
 IDLE_S = 1.0
 MAX_BARREN_EPOCHS = 8  # without a finished step, before requests are blamed for it
 
@@ -133,7 +135,8 @@ class Driver:
             limits = replace(limits, max_num_batched_tokens=self.pacer.cost.default_budget)
         if self.config.itl_target_ms:
             pace = partial(self.pacer.prompt_tokens, self.config.itl_target_ms / 1e3)
-            limits = replace(limits, prompt_tokens=pace)
+            copy_s = min(limits.copy_s, self.config.itl_target_ms / 1e3 * COPY_SHARE)
+            limits = replace(limits, prompt_tokens=pace, copy_s=copy_s)
         plan = schedule(state, limits, self.epoch, self.seq + 1)
         if plan is None:
             return self._unblock()
@@ -165,7 +168,7 @@ class Driver:
         if state.in_flight or not state.num_waiting:
             return False
         if state.num_running:  # set aside for those on probation, whom they leave no room
-            state.preempt(state.last_started)
+            preempt(state, Victim(state.last_started.slot, offload=False), self.seq + 1)
             return True
         head = state.queue.first(1)
         if head:
@@ -262,6 +265,8 @@ class Driver:
                 self.outbox.ended(request, reason)
             following = state.in_flight[0] if state.in_flight else None
             self.pacer.answered(plan, result.timings, following, now)
+            if plan.copies and state.kv.host is not None:
+                state.kv.host.observe(plan.num_copied_blocks, result.timings.copy_micros * 1e-6)
             self._counters.output_tokens += applied.num_tokens
 
     def on_heartbeat(self, peer: bytes, beat: step_pb2.Heartbeat, now: float) -> None:
@@ -371,8 +376,9 @@ class Driver:
             columns = Columns(*size)
         if old is None:
             self.state = State(columns, memory.kv, self.config.scheduling_policy)
+            self.state.cost = memory.cost
         else:
-            old.columns, old.kv = columns, memory.kv
+            old.columns, old.kv, old.cost = columns, memory.kv, memory.cost
             for request in old.shorten(model.max_model_len):
                 self.outbox.cut(request)
         log.info(

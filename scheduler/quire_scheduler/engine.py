@@ -48,7 +48,7 @@ class Stats:
 
     num_running: int = 0
     num_waiting: int = 0
-    num_preemptions: int = 0
+    preemptions: tuple[tuple[str, int], ...] = ()  # by kind
     num_requests: int = 0  # accepted since start
     num_blocks_total: int = 0
     num_blocks_used: int = 0  # held by requests
@@ -60,6 +60,14 @@ class Stats:
     grafted_blocks: int = 0
     output_tokens: int = 0
     malformed_frames: int = 0  # of the link: in another shape than (peer, frame)
+    num_scheduled_tokens: int = 0
+    num_recomputed_tokens: int = 0  # of those, computed before
+    host_blocks_total: int = 0
+    host_blocks_used: int = 0
+    host_block_bytes: int = 0
+    host_hit_tokens: int = 0
+    offloaded_blocks: int = 0
+    loaded_blocks: int = 0
     epoch: int = 0
     ready: bool = False  # a worker group is connected
     draining: bool = False
@@ -67,6 +75,10 @@ class Stats:
     problem: str = ""  # why not, naming the rank
     worker_metrics: tuple[tuple[int, bytes], ...] = ()  # (rank, Prometheus page)
     worker_memory_bytes: int = 0
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(count for _, count in self.preemptions)
 
 
 class Engine:
@@ -161,12 +173,13 @@ class Engine:
         driver, now = self._driver, self._clock()
         state = driver.state
         kv = state.kv if state is not None else None
+        host = kv.host if kv is not None else None
         problem = f"the engine stopped: {self.crashed!r}" if self.crashed else driver.problem(now)
         workers = list(driver.group.workers.values())
         return Stats(
             num_running=state.num_running if state else 0,
             num_waiting=(state.num_waiting if state else 0) + self._intake.num_early,
-            num_preemptions=state.num_preemptions if state else 0,
+            preemptions=tuple(state.preemptions.items()) if state else (),
             num_requests=self.counters.accepted,
             num_blocks_total=kv.num_usable if kv else 0,
             num_blocks_used=kv.num_used if kv else 0,
@@ -178,6 +191,14 @@ class Engine:
             grafted_blocks=kv.stats.grafted_blocks if kv else 0,
             output_tokens=self.counters.output_tokens,
             malformed_frames=self._link.num_malformed,
+            num_scheduled_tokens=self.counters.scheduled_tokens,
+            num_recomputed_tokens=state.num_recomputed_tokens if state else 0,
+            host_blocks_total=host.num_blocks if host else 0,
+            host_blocks_used=host.num_used if host else 0,
+            host_block_bytes=host.block_bytes if host else 0,
+            host_hit_tokens=kv.stats.host_hit_tokens if kv else 0,
+            offloaded_blocks=host.stats.offloaded if host else 0,
+            loaded_blocks=host.stats.loaded if host else 0,
             epoch=driver.epoch,
             ready=driver.ready,
             draining=self._draining,

@@ -118,6 +118,7 @@ class Group:
             ("vocab_size", hello.vocab_size, MAX_VOCAB),
             ("block_size", hello.block_size, 1024),
             ("num_blocks", num_blocks(hello) - 1, MAX_BLOCKS),
+            ("num_host_blocks", 1 + tier_of(hello, step_pb2.TIER_HOST).num_blocks, MAX_BLOCKS),
         )
         for name, value, high in bounds:
             if not 1 <= value <= high:
@@ -134,6 +135,8 @@ class Group:
             return "model_digest is no hexadecimal string"
         if len(hello.held_block_names) * 4 != len(hello.held_block_ids) * NAME_BYTES:
             return "held_block_ids and held_block_names differ in length"
+        if len(hello.held_host_block_names) * 4 != len(hello.held_host_block_ids) * NAME_BYTES:
+            return "held_host_block_ids and held_host_block_names differ in length"
         if self.layout is not None and layout != self.layout:
             for name in Layout.__dataclass_fields__:
                 mine, theirs = getattr(self.layout, name), getattr(layout, name)
@@ -169,17 +172,24 @@ class Group:
 
     def inventory(self) -> tuple[I32, bytes]:
         """Blocks [n] that every rank holds under the same name, and the names (16 * n bytes)."""
-        common: dict[int, bytes] | None = None
-        for worker in self.workers.values():
-            ids = np.frombuffer(worker.hello.held_block_ids, "<i4").tolist()
-            names = worker.hello.held_block_names
-            held = {b: names[i * 16 : i * 16 + 16] for i, b in enumerate(ids)}
-            if common is None:
-                common = held
-            else:
-                common = {b: name for b, name in common.items() if held.get(b) == name}
-        common = common or {}
-        return np.fromiter(common, np.int32, len(common)), b"".join(common.values())
+        hellos = [worker.hello for worker in self.workers.values()]
+        return _common([(h.held_block_ids, h.held_block_names) for h in hellos])
+
+    def host_inventory(self) -> tuple[I32, bytes]:
+        """The same for blocks of the host tier."""
+        hellos = [worker.hello for worker in self.workers.values()]
+        return _common([(h.held_host_block_ids, h.held_host_block_names) for h in hellos])
+
+    def host_tier(self) -> step_pb2.TierSize:
+        """What all ranks have of a host tier: the smallest size, the slowest copy; 0 blocks = none.
+        block_bytes is that of all ranks together."""
+        tiers = [tier_of(w.hello, step_pb2.TIER_HOST) for w in self.workers.values()]
+        return step_pb2.TierSize(
+            tier=step_pb2.TIER_HOST,
+            num_blocks=min(tier.num_blocks for tier in tiers),
+            block_bytes=sum(tier.block_bytes for tier in tiers),
+            copy_micros=max(tier.copy_micros for tier in tiers),
+        )
 
     def step_costs(self) -> list[Point]:
         """The slowest rank's table."""
@@ -193,10 +203,26 @@ class Group:
 
 def num_blocks(hello: step_pb2.Hello) -> int:
     """Blocks on the device, the null block 0 included."""
-    for tier in hello.tiers:
-        if tier.tier == step_pb2.TIER_DEVICE:
-            return int(tier.num_blocks)
-    return 0
+    return int(tier_of(hello, step_pb2.TIER_DEVICE).num_blocks)
+
+
+def tier_of(hello: step_pb2.Hello, which: step_pb2.Tier) -> step_pb2.TierSize:
+    """The size of a tier; one of 0 blocks where the worker has none."""
+    return next((tier for tier in hello.tiers if tier.tier == which), step_pb2.TierSize(tier=which))
+
+
+def _common(inventories: list[tuple[bytes, bytes]]) -> tuple[I32, bytes]:
+    """Blocks [n] that have the same name in all (ids i32, names 16 bytes each), and the names."""
+    common: dict[int, bytes] | None = None
+    for ids, names in inventories:
+        blocks = np.frombuffer(ids, "<i4").tolist()
+        held = {b: names[i * NAME_BYTES : (i + 1) * NAME_BYTES] for i, b in enumerate(blocks)}
+        if common is None:
+            common = held
+        else:
+            common = {b: name for b, name in common.items() if held.get(b) == name}
+    common = common or {}
+    return np.fromiter(common, np.int32, len(common)), b"".join(common.values())
 
 
 def _is_hex(text: str) -> bool:

@@ -5,14 +5,18 @@ Knows no request and no plan. Called when the workers' memory is another than th
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from quire.config import EngineConfig
 from quire.step_cost import StepCostModel
 from quire_scheduler.admission import ModelInfo
 from quire_scheduler.group import Group, num_blocks
-from quire_scheduler.kv import KVManager, ModelIdentity
+from quire_scheduler.kv import HostTier, KVManager, ModelIdentity
+from quire_scheduler.preemption import recompute_s
 from quire_scheduler.shares import Limits
+
+log = logging.getLogger("quire.scheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,10 @@ def describe(group: Group, config: EngineConfig, old: KVManager | None) -> Memor
     if old is not None:
         kv.stats = old.stats
     cost = StepCostModel(group.step_costs())
+    num_adopted = kv.adopt_inventory(*group.inventory())
+    kv.host = _host_tier(group, config, cost, kv, old)
+    if kv.host is not None:
+        num_adopted += kv.host.adopt(*group.host_inventory())
     return Memory(
         incarnation=group.incarnation,
         kv=kv,
@@ -80,5 +88,32 @@ def describe(group: Group, config: EngineConfig, old: KVManager | None) -> Memor
             config.enable_chunked_prefill,
         ),
         cost=cost,
-        num_adopted=kv.adopt_inventory(*group.inventory()),
+        num_adopted=num_adopted,
     )
+
+
+def _host_tier(
+    group: Group, config: EngineConfig, cost: StepCostModel, kv: KVManager, old: KVManager | None
+) -> HostTier | None:
+    """Books for the memory beside the device; None without it, or without a cache to keep there."""
+    tier = group.host_tier()
+    if not tier.num_blocks:
+        return None
+    if not config.enable_prefix_caching:
+        log.warning(
+            "the workers have a host tier of %d blocks (--host-cache-memory), unused: "
+            "it keeps what the prefix cache lets go (--enable-prefix-caching is off)",
+            tier.num_blocks,
+        )
+        return None
+    host = HostTier(
+        tier.num_blocks,
+        kv.block_size,
+        tier.copy_micros * 1e-6,
+        lambda first, num_tokens: float(recompute_s(cost, first, num_tokens)),
+        kv.clock,
+        block_bytes=tier.block_bytes,
+    )
+    if old is not None and old.host is not None:
+        host.stats = old.host.stats
+    return host

@@ -69,6 +69,7 @@ class EngineCollector(Collector):
             ("quire_scheduler_memory_bytes", "Resident memory", resident_bytes()),
         ):
             yield GaugeMetricFamily(name, text, value)
+        yield from _tier(stats)
         speed = GaugeMetricFamily(
             "quire_throughput_tokens_per_second", "Over the last ten seconds", labels=["kind"]
         )
@@ -84,7 +85,6 @@ class EngineCollector(Collector):
 
 def _running_totals(stats: Stats) -> Iterator[Metric]:
     for name, text, value in (
-        ("quire_preemptions", "Requests that lost their blocks", stats.num_preemptions),
         (
             "quire_prefix_cache_query_tokens",
             "Prompt tokens looked up in the prefix cache",
@@ -107,6 +107,46 @@ def _running_totals(stats: Stats) -> Iterator[Metric]:
         ),
     ):
         yield CounterMetricFamily(name, text, value)
+
+
+def _tier(stats: Stats) -> Iterator[Metric]:
+    """The host tier, preemption, and what was computed twice."""
+    for name, text, value in (
+        ("quire_kv_host_blocks", "KV blocks of the host tier", stats.host_blocks_total),
+        ("quire_kv_host_blocks_used", "KV blocks kept on the host", stats.host_blocks_used),
+        (
+            "quire_recomputed_tokens_ratio",
+            "Share of the tokens in plans that had been computed before",
+            stats.num_recomputed_tokens / max(stats.num_scheduled_tokens, 1),
+        ),
+    ):
+        yield GaugeMetricFamily(name, text, value)
+    size = stats.host_block_bytes
+    for name, text, value in (
+        ("quire_kv_offloaded_blocks", "KV blocks copied to the host", stats.offloaded_blocks),
+        ("quire_kv_offloaded_bytes", "The same in bytes", stats.offloaded_blocks * size),
+        ("quire_kv_loaded_blocks", "KV blocks copied back to the device", stats.loaded_blocks),
+        ("quire_kv_loaded_bytes", "The same in bytes", stats.loaded_blocks * size),
+        (
+            "quire_prefix_cache_host_hit_tokens",
+            "Prompt tokens found on the host",
+            stats.host_hit_tokens,
+        ),
+        (
+            "quire_recomputed_tokens",
+            "Tokens computed again after preemption or recovery, counted when a request leaves",
+            stats.num_recomputed_tokens,
+        ),
+    ):
+        yield CounterMetricFamily(name, text, value)
+    preemptions = CounterMetricFamily(
+        "quire_preemptions",
+        "Requests that lost their blocks; kind: how the least was to be lost",
+        labels=["kind"],
+    )
+    for kind, count in stats.preemptions:
+        preemptions.add_metric([kind], count)
+    yield preemptions
 
 
 def _counters(counters: Counters, stats: Stats) -> Iterator[Metric]:
@@ -142,6 +182,7 @@ def _histograms(counters: Counters) -> Iterator[Metric]:
         ("wire", counters.wire_time),
         ("queue", counters.worker_queue_time),
         ("prepare", counters.prepare_time),
+        ("copy", counters.copy_time),
         ("forward", counters.forward_time),
         ("sample", counters.sample_time),
         ("idle", counters.idle_time),

@@ -49,7 +49,7 @@ class Pacer:
 
     def sent(self, plan: Plan, before: Plan | None, now: float) -> None:
         """The plan leaves, behind `before` if that is still running."""
-        plan.predicted_s = self.cost.predict(plan.size)
+        plan.predicted_s = plan.copies_s + self.cost.predict(plan.size)
         plan.sent_at = plan.begins_at = now
         if before is not None:
             plan.begins_at = max(now, before.begins_at + before.predicted_s)
@@ -59,7 +59,7 @@ class Pacer:
     ) -> None:
         """The plan's result is here."""
         step = timings.prepare_micros + timings.forward_micros + timings.sample_micros
-        wire = now - plan.sent_at - (timings.queue_micros + step) * 1e-6
+        wire = now - plan.sent_at - (timings.queue_micros + timings.copy_micros + step) * 1e-6
         if wire > 0 and plan.begins_at == plan.sent_at:  # it did not wait for another step
             self.round_trip += SMOOTHING * (min(wire, MAX_ROUND_TRIP_S) - self.round_trip)
         if following is not None:
@@ -88,6 +88,8 @@ class Pacer:
         counters.wire_time.observe(max(wire, 0.0))
         counters.worker_queue_time.observe(timings.queue_micros * 1e-6)
         counters.prepare_time.observe(timings.prepare_micros * 1e-6)
+        if plan.copies:
+            counters.copy_time.observe(timings.copy_micros * 1e-6)
         counters.forward_time.observe(timings.forward_micros * 1e-6)
         counters.sample_time.observe(timings.sample_micros * 1e-6)
         counters.idle_time.observe(timings.idle_micros * 1e-6)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from quire.step_cost import StepSize
 from quire.v1 import step_pb2
+from quire.wire import pack_i32
 from quire_scheduler.columns import I32, Slots
+from quire_scheduler.kv import Order
 from quire_scheduler.request import Request
 
 NONE: I32 = np.zeros(0, np.int32)
@@ -39,6 +41,8 @@ class Plan:
     num_sampled: int = 0  # rows that yield something
     num_context_tokens: int = 0  # KV tokens the step reads
     num_attended_tokens: int = 0  # sum over its tokens of the positions each attends to
+    copies: list[Order] = field(default_factory=list)  # between the tiers, before the rows
+    copies_s: float = 0.0  # what they are expected to take
     # filled in by the engine
     sent_at: float = 0.0
     begins_at: float = 0.0  # when the worker is expected to begin it
@@ -63,6 +67,10 @@ class Plan:
             self.num_sampled,
         )
 
+    @property
+    def num_copied_blocks(self) -> int:
+        return sum(len(order) for order in self.copies)
+
     def to_proto(self, deadline_ms: int = 0) -> step_pb2.StepPlan:
         message = step_pb2.StepPlan(
             epoch=self.epoch,
@@ -84,8 +92,21 @@ class Plan:
             message.admit.append(request.admit(request.slot, first, kv.block_ids))
         if self.admitted and any(admit.HasField("trace") for admit in message.admit):
             message.traces.extend(admit.trace for admit in message.admit)
+        message.kv_ops.extend(kv_op(order) for order in self.copies)
         return message
 
 
 def _column(values: NDArray[np.signedinteger]) -> bytes:
     return values.astype(_WIRE_I32).tobytes() if len(values) else b""
+
+
+def kv_op(order: Order) -> step_pb2.KvOp:
+    """The wire form of one order."""
+    load, offload = step_pb2.KV_OP_KIND_LOAD, step_pb2.KV_OP_KIND_OFFLOAD
+    return step_pb2.KvOp(
+        op_id=order.op_id,
+        kind=load if order.is_load else offload,
+        src_block_ids=pack_i32(order.src),
+        dst_block_ids=pack_i32(order.dst),
+        block_names=b"".join(order.names),
+    )

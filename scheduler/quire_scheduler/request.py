@@ -69,6 +69,8 @@ class Request:
     span: Span = field(default_factory=lambda: Span(NO_CONTEXT))
     num_cached_tokens: int = -1  # prompt tokens hit at first admission; -1 = not admitted yet
     num_preemptions: int = 0
+    num_hit: int = 0  # tokens it found cached when it got its slot
+    num_reached: int = 0  # tokens of it that were computed, in any slot before this one
     resumed: bool = False  # it ran before: goes to the front
     finished: bool = False
     num_final_tokens: int = 0

@@ -53,6 +53,9 @@ class _Rows:
 
 def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
     """The columns, checked against the plan. Raises ResultError."""
+    if plan.copies or result.kv_ops_done:
+        if list(result.kv_ops_done) != [order.op_id for order in plan.copies]:
+            raise ResultError("the copies of the result are not those of the plan")
     slots = plan.sampled
     num_rows = len(slots)
     counts, finished = result.num_outputs, result.finished

@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.step_cost import StepSize, attended
+from quire.step_cost import STEP_TARGET_S, StepSize, attended
 from quire_scheduler.columns import I32, Columns, Slots
 from quire_scheduler.plan import Plan
+from quire_scheduler.preemption import Victim, pick_victim
 from quire_scheduler.request import Request
-from quire_scheduler.shares import SHARERS, Limits, blocks_for, hand_out, pick_victim
+from quire_scheduler.shares import SHARERS, Limits, blocks_for, hand_out
 from quire_scheduler.state import State
 
 
 def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     """The next plan, with the state changed as if it was sent; None when there is nothing to do.
 
-    A plan without rows is made only to retire slots while nothing else is in flight.
+    A plan without rows is made only to load blocks, or to retire slots while nothing else is in
+    flight.
     """
     columns, kv = state.columns, state.kv
     plan = Plan(epoch, seq)
     wanted = columns.wanted  # [top], as `given`; what stands beside `slots` is [num_rows]
     slots, wants_each = in_order(columns, wanted, runnable(state))
+    if kv.host is not None:
+        decoding = np.count_nonzero(wants_each == 1)
+        kv.host.limit_s = limits.copy_s if decoding else STEP_TARGET_S
     rivals, wants = _rivals(state, limits)
     for_prompts = _for_prompts(state, limits, slots, wants_each, bool(rivals))
     nums, shares = hand_out(
@@ -46,11 +51,15 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
         left = limits.max_num_batched_tokens - plan.total_tokens
         left = min(left, for_prompts - int(nums[nums > 1].sum()))
         _admit(state, limits, plan, left, dict(zip(rivals, shares, strict=True)))
-    if not len(plan.slots) and (state.in_flight or not state.to_retire):
+    loads = kv.host is not None and kv.host.num_ordered_loads > 0
+    if not len(plan.slots) and not loads and (state.in_flight or not state.to_retire):
         return None
     plan.retired_slots = np.array(state.to_retire, np.int32)
     state.to_retire.clear()
     plan.named_block_ids, plan.block_names = kv.take_named(seq)
+    if kv.host is not None:
+        plan.copies = kv.host.take(seq)
+        plan.copies_s = plan.num_copied_blocks * kv.host.copy_s
     state.in_flight.append(plan)
     return plan
 
@@ -131,11 +140,23 @@ def _make_room(state: State, plan: Plan, given: I32) -> None:
             plan.new_block_rows = rows if len(ids) == len(rows) else np.repeat(rows, need)
             plan.new_block_ids = ids
             return
-        victim = pick_victim(columns, state.running_slots)
-        request = columns.requests[victim]
-        assert request is not None
-        state.preempt(request)
-        given[victim] = 0
+        slots = state.running_slots
+        victim = pick_victim(columns, slots, state.cost, kv.host, kv.block_size)
+        preempt(state, victim, plan.seq)
+        given[victim.slot] = 0
+
+
+def preempt(state: State, victim: Victim, seq: int) -> None:
+    """The victim stops running; plan `seq` is the first without it.
+
+    Its full blocks stay cached under their names. Whoever takes one of them lets the host copy it
+    first, if that is cheaper than computing it anew: nothing is copied that stays.
+    """
+    request = state.columns.requests[victim.slot]
+    assert request is not None
+    known = min(request.num_tokens - 1, request.num_computed_tokens)
+    publish(state, np.array([victim.slot]), np.array([known], np.int32), seq - 1)
+    state.preempt(request, offload=victim.offload)
 
 
 def _commit_running(
@@ -206,12 +227,17 @@ def _admit(
             break
         request = head[0]
         reserved -= shares.pop(request, 0)
-        cached, handle = kv.match_prefix(
+        _, handle = kv.match_prefix(
             request.tokens,
             request.namespace,
             owner=request.request_id,
             row=columns.next_free,
         )
+        room = _has_room(state, request, handle.num_blocks)
+        if not room or not kv.load_prefix(handle, request.tokens, plan.seq):
+            kv.release(handle)
+            break
+        cached = handle.num_cached_tokens
         wanted = len(request.tokens) - cached
         count = min(wanted, max(budget - reserved, 1))
         if not limits.enable_chunked_prefill and count < wanted:
@@ -219,8 +245,7 @@ def _admit(
             count = wanted if budget >= wanted or not (whole or rows) else 0
         end = cached + count
         blocks = -(-end // kv.block_size) - handle.num_blocks
-        fits = count > 0 and _has_room(state, request, handle.num_blocks)
-        if not fits or kv.allocate_for(handle, blocks) is None:
+        if count < 1 or kv.allocate_for(handle, blocks) is None:
             kv.release(handle)
             break
         if request.num_cached_tokens < 0:

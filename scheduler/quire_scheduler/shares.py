@@ -1,4 +1,4 @@
-"""Who gets how much of a step's token budget, and who gives way: pure functions.
+"""Who gets how much of a step's token budget: pure functions.
 
 Knows no state, no blocks and no wire: counts in, counts out. All work per row is numpy.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.step_cost import StepSize
-from quire_scheduler.columns import I32, Columns, Slots
+from quire_scheduler.columns import I32
 
 SHARERS = 4  # prompts that share the budget; more at once would only delay the first ones
 
@@ -27,6 +27,7 @@ class Limits:
     # (the step's decoding rows, where the longest prompt goes on) -> tokens that prompts may have
     # beside them; None = what the budget leaves
     prompt_tokens: Callable[[StepSize, int], int] | None = None
+    copy_s: float = 0.010  # that copies between the tiers may take beside rows that decode
 
 
 def hand_out(
@@ -71,15 +72,6 @@ def water_fill(wants: Sequence[int], budget: int) -> list[int]:
         shares[i] = min(wants[i], budget // (len(order) - position))
         budget -= shares[i]
     return shares
-
-
-def pick_victim(columns: Columns, slots: Slots) -> int:
-    """Of the slots [n >= 1], the one whose preemption loses least: lowest priority, then fewest
-    tokens to compute again (none if those in flight complete it), then the latest arrival."""
-    done = columns.num_expected[slots] >= columns.max_total[slots]
-    loss = np.where(done, 0, columns.num_computed_tokens[slots])
-    order = np.lexsort((-columns.arrival[slots], loss, -columns.priority[slots]))
-    return int(slots[order[0]])
 
 
 def blocks_for(num_tokens: I32, block_size: int) -> I32:

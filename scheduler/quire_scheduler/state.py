@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quire.step_cost import StepCostModel
 from quire_scheduler.columns import Columns, Slots
 from quire_scheduler.kv import KVManager
 from quire_scheduler.probation import Probation
@@ -31,7 +32,9 @@ class State:
         self.to_retire: list[int] = []  # slots the next plan gives up
         self.in_flight: list[Plan] = []  # sent, not acknowledged, oldest first
         self.leaving: set[int] = set()  # slots of preempted requests with tokens in flight
-        self.num_preemptions = 0
+        self.cost = StepCostModel()  # of the workers; knows nothing before they come
+        self.preemptions = {"recompute": 0, "offload": 0}
+        self.num_recomputed_tokens = 0  # computed before, counted when the request leaves its slot
         self.num_running = 0
         self.acknowledged = 0  # last plan of this epoch whose result is here
         self._num_started = 0
@@ -57,6 +60,10 @@ class State:
         return request.slot >= 0 and bool(self.columns.last_seq[request.slot] > self.acknowledged)
 
     @property
+    def num_preemptions(self) -> int:
+        return sum(self.preemptions.values())
+
+    @property
     def queue(self) -> WaitingQueue:
         """Where the next newcomer is taken from."""
         return self.probation.queue if self.probation.active else self.waiting
@@ -74,17 +81,17 @@ class State:
         self.num_running += 1
         self._running_slots = None
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: Request, *, offload: bool) -> None:
         """Take its slot and blocks; it waits in front with what it has. Tokens of plans already
         sent are still appended, so it leaves the slot when the last of them is acknowledged."""
         self._stop(request)
         request.resumed = True
         request.num_preemptions += 1
-        self.num_preemptions += 1
+        self.preemptions["offload" if offload else "recompute"] += 1
         if self.in_flight_still(request):
             self.leaving.add(request.slot)
         else:
-            self.columns.detach(request, keep_tokens=True)
+            self._leave(request, keep_tokens=True)
         self._wait(request)
 
     def finish(self, request: Request) -> None:
@@ -98,7 +105,7 @@ class State:
             if self.columns.running[request.slot]:
                 self._stop(request)
             self.leaving.discard(request.slot)
-            self.columns.detach(request, keep_tokens=False)
+            self._leave(request, keep_tokens=False)
         else:
             request.num_final_tokens = len(request.tokens)
 
@@ -116,7 +123,7 @@ class State:
             request = self.columns.requests[slot]
             if request is not None and not self.in_flight_still(request):
                 self.leaving.remove(slot)
-                self.columns.detach(request, keep_tokens=True)
+                self._leave(request, keep_tokens=True)
 
     def computing(self, plan: Plan) -> list[Request]:
         """Requests that have a row in the plan."""
@@ -132,7 +139,7 @@ class State:
         for slot in np.flatnonzero(columns.attached).tolist():
             request = columns.requests[slot]
             assert request is not None
-            columns.detach(request, keep_tokens=True)
+            self._leave(request, keep_tokens=True)
             request.resumed = True
             if columns.running[slot]:
                 out.append(request)
@@ -199,6 +206,13 @@ class State:
         self.kv.check()
         if not attached and not self.kv.num_fenced:
             assert self.kv.num_used == 0, f"{self.kv.num_used} blocks held by nobody"
+
+    def _leave(self, request: Request, *, keep_tokens: bool) -> None:
+        computed = request.num_computed_tokens
+        again = min(computed, request.num_reached) - request.num_hit
+        self.num_recomputed_tokens += max(again, 0)
+        request.num_reached = max(request.num_reached, computed)
+        self.columns.detach(request, keep_tokens=keep_tokens)
 
     def _stop(self, request: Request) -> None:
         slot = request.slot

@@ -94,6 +94,8 @@ class Options:
 
     num_blocks: int = 64
     block_size: int = 16
+    num_host_blocks: int = 0
+    copy_micros: int = 1
     max_slots: int = 32
     max_model_len: int = 512
     vocab_size: int = 997
@@ -128,6 +130,9 @@ class FakeWorker:
         self.worker_epoch = random.getrandbits(63) | 1
         self.kv = np.zeros((o.num_blocks, o.block_size), np.uint64)  # hash at that position
         self.names: dict[int, bytes] = {}  # block -> name
+        self.host_kv = np.zeros((o.num_host_blocks, o.block_size), np.uint64)
+        self.host_names: dict[int, bytes] = {}
+        self.num_copied = {"offload": 0, "load": 0}  # blocks
         self.name_content: dict[bytes, int] = {}  # name -> hash at the block's end
         self.slots: dict[int, Slot] = {}
         self.epoch = 0
@@ -151,7 +156,12 @@ class FakeWorker:
 
     def hello_message(self) -> pb.Hello:
         o = self.options
-        held = sorted(self.names)
+        held, held_on_host = sorted(self.names), sorted(self.host_names)
+        tiers = [pb.TierSize(tier=pb.TIER_DEVICE, num_blocks=o.num_blocks, block_bytes=1024)]
+        if o.num_host_blocks:
+            host = pb.TierSize(tier=pb.TIER_HOST, num_blocks=o.num_host_blocks, block_bytes=1024)
+            host.copy_micros = o.copy_micros
+            tiers.append(host)
         return pb.Hello(
             protocol_version=o.protocol_version,
             rank=o.rank,
@@ -166,7 +176,7 @@ class FakeWorker:
             dtype="float32",
             kv_dtype="float32",
             block_size=o.block_size,
-            tiers=[pb.TierSize(tier=pb.TIER_DEVICE, num_blocks=o.num_blocks, block_bytes=1024)],
+            tiers=tiers,
             max_slots=o.max_slots,
             max_model_len=o.max_model_len,
             vocab_size=o.vocab_size,
@@ -184,6 +194,8 @@ class FakeWorker:
             ],
             held_block_ids=np.array(held, "<i4").tobytes(),
             held_block_names=b"".join(self.names[b] for b in held),
+            held_host_block_ids=np.array(held_on_host, "<i4").tobytes(),
+            held_host_block_names=b"".join(self.host_names[b] for b in held_on_host),
             system_fingerprint="fp_fake",
         )
 
@@ -321,6 +333,9 @@ class FakeWorker:
             if slot not in self.slots:
                 raise Violation(f"retired slot {slot} is free")
             del self.slots[slot]
+        for op in plan.kv_ops:
+            self._copy(op)
+            result.kv_ops_done.append(op.op_id)
         fresh: set[int] = set()
         errors: dict[int, str] = {}
         for admit in plan.admit:
@@ -382,6 +397,32 @@ class FakeWorker:
         if o.latency is not None:
             time.sleep(o.latency(sum(nums)))
         result.timings.forward_micros = int((time.perf_counter() - begin) * 1e6)
+
+    def _copy(self, op: pb.KvOp) -> None:
+        """Device to host or back; what a name stands for is checked on both ways."""
+        o, src, dst = self.options, i32(op.src_block_ids), i32(op.dst_block_ids)
+        column = names(op.block_names)
+        if not len(src) == len(dst) == len(column) == len(set(dst)):
+            raise Violation("columns of a copy do not fit each other")
+        out = op.kind == pb.KV_OP_KIND_OFFLOAD
+        if not out and op.kind != pb.KV_OP_KIND_LOAD:
+            raise Violation(f"copy of kind {op.kind}")
+        device, host = (src, dst) if out else (dst, src)
+        if not all(1 <= b < o.num_blocks for b in device):
+            raise Violation("a copy names a device block that does not exist")
+        if not all(0 <= b < o.num_host_blocks for b in host):
+            raise Violation("a copy names a host block that does not exist")
+        for block, host_block, name in zip(device, host, column, strict=True):
+            if out:
+                end = int(self.kv[block, -1])
+                if end == UNWRITTEN or self.name_content.setdefault(name, end) != end:
+                    raise Violation(f"block {block} goes to the host under a wrong name")
+                self.host_kv[host_block], self.host_names[host_block] = self.kv[block], name
+            else:
+                if self.host_names.get(host_block) != name:
+                    raise Violation(f"host block {host_block} does not hold what is loaded")
+                self.kv[block], self.names[block] = self.host_kv[host_block], name
+        self.num_copied["offload" if out else "load"] += len(src)
 
     def _admit(self, admit: pb.Admit, fresh: set[int]) -> None:
         o = self.options

@@ -1,4 +1,5 @@
-"""What is measured before the first plan: the team's size, four points of the step-cost table.
+"""What is measured before the first plan: the team's size, four points of the step-cost table,
+and how long a block takes between the tiers.
 
 Well under a second for a small model. Knows a runner's model and memory, not what the scheduler
 does with the figures. It writes into the KV pool's first blocks, which nobody owns yet.
@@ -48,6 +49,13 @@ def measure(runner: Runner) -> list[pb.StepCost]:
     if context > 2 * small:
         points.append(_point(runner, small, context))
     return points
+
+
+def measure_copy(runner: Runner) -> int:
+    """Microseconds that a block takes to or from the host tier, at least 1; 0 without that tier."""
+    if not runner.limits.num_host_blocks:
+        return 0
+    return max(1, round(runner.transfer.measure() * 1e6))
 
 
 def _point(runner: Runner, num_tokens: int, context: int) -> pb.StepCost:

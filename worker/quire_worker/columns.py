@@ -28,6 +28,7 @@ class Limits:
     block_size: int
     max_model_len: int
     vocab_size: int
+    num_host_blocks: int = 0
 
     @property
     def max_blocks_per_slot(self) -> int:
@@ -53,8 +54,8 @@ def read_columns(plan: pb.StepPlan, limits: Limits) -> PlanColumns:
     slots = ids(plan.slots, limits.max_slots, "slots")
     num_tokens = ids(plan.num_tokens, limits.max_model_len + 1, "num_tokens")
     flags = np.frombuffer(plan.flags, np.uint8)
-    _same_length("num_tokens", num_tokens, "slots", slots)
-    _same_length("flags", flags, "slots", slots)
+    same_length("num_tokens", num_tokens, "slots", slots)
+    same_length("flags", flags, "slots", slots)
     if len(slots):
         if not num_tokens.all():
             raise PlanError("num_tokens: a row has 0 tokens; every row computes at least 1.")
@@ -64,10 +65,10 @@ def read_columns(plan: pb.StepPlan, limits: Limits) -> PlanColumns:
             raise PlanError(f"flags: this worker knows the bits {KNOWN_FLAGS} only.")
     new_rows = ids(plan.new_block_rows, limits.max_slots, "new_block_rows")
     new_ids = ids(plan.new_block_ids, limits.num_blocks, "new_block_ids")
-    _same_length("new_block_ids", new_ids, "new_block_rows", new_rows)
+    same_length("new_block_ids", new_ids, "new_block_rows", new_rows)
     named = ids(plan.named_block_ids, limits.num_blocks, "named_block_ids")
     names = block_names(plan.block_names, "block_names")
-    _same_length("block_names", names, "named_block_ids", named)
+    same_length("block_names", names, "named_block_ids", named)
     if plan.draft_counts or plan.new_block_pools or plan.mask_frame or plan.micro_batch:
         raise PlanError("a field reserved for later versions is set; this worker can't follow it.")
     retired = ids(plan.retired_slots, limits.max_slots, "retired_slots")
@@ -93,6 +94,6 @@ def block_names(data: bytes, name: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(-1, NAME_BYTES)
 
 
-def _same_length(name: str, column: np.ndarray, other_name: str, other: np.ndarray) -> None:
+def same_length(name: str, column: np.ndarray, other_name: str, other: np.ndarray) -> None:
     if len(column) != len(other):
         raise PlanError(f"{name} has {len(column)} entries, {other_name} has {len(other)}.")

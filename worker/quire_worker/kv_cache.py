@@ -63,12 +63,12 @@ class KVCache:
         self.block_size = spec.block_size
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         try:
-            self.pool = _zeros(shape, spec.dtype, device)
+            self.pool = zeros(shape, spec.dtype, device)
         except (RuntimeError, OSError) as error:  # torch's allocators; the kernel's, for mmap
             raise ResourceError(
-                f"the KV pool of {num_blocks} blocks needs {_size(num_blocks * spec.block_bytes)} "
-                f"and could not be allocated on {device}; lower --kv-cache-memory-bytes or "
-                "--num-gpu-blocks-override."
+                f"the KV pool of {num_blocks} blocks needs "
+                f"{readable(num_blocks * spec.block_bytes)} and could not be allocated on "
+                f"{device}; lower --kv-cache-memory-bytes or --num-gpu-blocks-override."
             ) from error
         self._layers = [(self.pool[:, i, 0], self.pool[:, i, 1]) for i in range(spec.num_layers)]
 
@@ -77,7 +77,7 @@ class KVCache:
         return self._layers[number]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on CPU in fresh anonymous pages, so that memory is used when a block first is."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -143,13 +143,14 @@ def _too_small(
         remedy = f"raise {flag} to at least {value}"
     shorter = f", or lower --max-model-len to at most {longest}" if longest else ""
     return (
-        f"the KV cache of one sequence of {tokens} tokens needs {_size(need)} ({wanted} blocks, "
-        f"one of them the null block), but there is room for {_size(room)} ({num_blocks} blocks); "
-        f"{remedy}{shorter}."
+        f"the KV cache of one sequence of {tokens} tokens needs {readable(need)} ({wanted} blocks, "
+        f"one of them the null block), but there is room for {readable(room)} "
+        f"({num_blocks} blocks); {remedy}{shorter}."
     )
 
 
-def _size(num_bytes: int) -> str:
+def readable(num_bytes: int) -> str:
+    """'1.50 GiB'."""
     for unit, width in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if num_bytes >= 1 << width:
             return f"{num_bytes / (1 << width):.2f} {unit}"

@@ -30,7 +30,7 @@ _SECONDS = (
     0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-PHASES = ("queue", "prepare", "forward", "sample", "idle")
+PHASES = ("queue", "prepare", "forward", "sample", "idle", "copy")
 
 
 class Metrics:
@@ -41,7 +41,7 @@ class Metrics:
         part = Histogram(
             "quire_worker_step_part_seconds",
             "Time of a step by part: queue (plan received to begin), prepare, forward, sample, "
-            "and idle (the device before the step).",
+            "idle (the device before the step), and copy (KV blocks between tiers).",
             ["part"], buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self._parts = [part.labels(name) for name in PHASES]
@@ -72,6 +72,12 @@ class Metrics:
         self._kv_pool = Gauge(
             "quire_worker_kv_pool_bytes", "Size of the KV pool.", registry=registry
         )
+        self._host_pool = Gauge(
+            "quire_worker_host_kv_pool_bytes", "Size of the host tier's KV pool.", registry=registry
+        )
+        self._copied = Counter(
+            "quire_worker_copied_blocks", "KV blocks copied between tiers.", registry=registry
+        )
         self._weights = Gauge(
             "quire_worker_weight_bytes", "Size of the weights.", registry=registry
         )
@@ -89,10 +95,11 @@ class Metrics:
         counter.inc()
         if status != "ok":
             return
-        times = (stats.queue, stats.prepare, stats.forward, stats.sample, stats.idle)
+        times = (stats.queue, stats.prepare, stats.forward, stats.sample, stats.idle, stats.copy)
         for child, nanoseconds in zip(self._parts, times, strict=True):
             child.observe(nanoseconds / 1e9)
         self._rows.observe(stats.num_rows)
+        self._copied.inc(stats.num_copied)
         self._prefill.inc(stats.prefill_tokens)
         self._decode.inc(stats.decode_tokens)
         self._sampled.inc(stats.num_sampled)
@@ -100,9 +107,10 @@ class Metrics:
     def frame_dropped(self) -> None:
         self._dropped.inc()
 
-    def set_sizes(self, kv_pool: int, weights: int, memory_total: int) -> None:
+    def set_sizes(self, kv_pool: int, host_pool: int, weights: int, memory_total: int) -> None:
         """Bytes, once after loading."""
         self._kv_pool.set(kv_pool)
+        self._host_pool.set(host_pool)
         self._weights.set(weights)
         self._memory_total.set(memory_total)
 

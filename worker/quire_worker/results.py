@@ -29,6 +29,8 @@ class StepStats:
     forward: int = 0
     sample: int = 0
     idle: int = 0
+    copy: int = 0
+    num_copied: int = 0  # blocks
     num_rows: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -80,6 +82,7 @@ def fill_timings(result: pb.StepResult, stats: StepStats) -> None:
     result.timings.forward_micros = min(stats.forward // 1000, _U32)
     result.timings.sample_micros = min(stats.sample // 1000, _U32)
     result.timings.idle_micros = min(stats.idle // 1000, _U32)
+    result.timings.copy_micros = min(stats.copy // 1000, _U32)
 
 
 def fill_outputs(

@@ -26,6 +26,7 @@ from quire_worker.columns import Limits, PlanColumns, PlanError
 from quire_worker.results import Clock, StepStats, add_row_error, fill_outputs, fill_timings
 from quire_worker.slots import SlotTable
 from quire_worker.team import Team
+from quire_worker.transfer import Order, Transfer, read_orders
 
 log = logging.getLogger("quire.worker")
 
@@ -64,9 +65,7 @@ class Runner:
         self.tracer = tracer
         self.table = SlotTable(limits, device, eos_token_ids)
         self.team = Team(torch.get_num_threads())
-        # Content names of device blocks; they outlive epochs.
-        self.block_names = np.zeros((limits.num_blocks, 16), np.uint8)
-        self.block_is_named = np.zeros(limits.num_blocks, bool)
+        self.transfer = Transfer(kv_cache.pool, limits.num_host_blocks)
         self.epoch = 0  # of the last plan executed
         self.highest_epoch = 0  # seen in any plan
         self.last_seq = 0
@@ -104,11 +103,6 @@ class Runner:
         self.last_seq = plan.seq
         self._results.append(result)
         return result
-
-    def held_blocks(self) -> tuple[bytes, bytes]:
-        """(ids as i32, names of 16 bytes each) of the blocks whose content has a name."""
-        held = np.flatnonzero(self.block_is_named).astype("<i4")
-        return held.tobytes(), self.block_names[held].tobytes()
 
     # -- may the plan run? -----------------------------------------------------------------
     def _gate(self, plan: pb.StepPlan) -> pb.StepResult | None:
@@ -158,7 +152,10 @@ class Runner:
     def _step(self, plan: pb.StepPlan, stats: StepStats, begin: int) -> pb.StepResult:
         table = self.table
         cols = columns.read_columns(plan, self.limits)
+        orders = read_orders(plan, self.limits)
         result = self._answer(plan, pb.STEP_STATUS_OK)
+        self._retire(cols.retired_slots)
+        self._copy(orders, stats, result)
         self._apply(plan, cols, result)
         if not table.in_use[cols.slots].all():
             free = int(cols.slots[~table.in_use[cols.slots]][0])
@@ -187,7 +184,8 @@ class Runner:
                 clock.mark()
                 wants_logprobs = (flags[samples] & pb.ROW_FLAG_LOGPROBS) != 0
                 drawn = sampler.sample(logits, table, sampling, wants_logprobs)
-        stats.prepare, stats.forward, stats.sample = clock.split()
+        prepare, stats.forward, stats.sample = clock.split()
+        stats.prepare = prepare - stats.copy
         # Nothing below this line waits for the device or can fail half-way.
         self._commit(cols, slots, num_tokens, sampling, drawn, result)
         if vectors is not None:
@@ -197,17 +195,28 @@ class Runner:
         result.device_memory_bytes = self.memory_bytes
         return result
 
-    def _apply(self, plan: pb.StepPlan, cols: PlanColumns, result: pb.StepResult) -> None:
-        """Everything of a plan before its rows: retire, kv_ops, admit, new blocks."""
-        table = self.table
-        if len(cols.retired_slots):
-            for slot in cols.retired_slots.tolist():
+    def _retire(self, slots: np.ndarray) -> None:
+        if len(slots):
+            for slot in slots.tolist():
                 self._end_span(slot)
                 self._first_own_block.pop(slot, None)
-            table.retire(cols.retired_slots)
-        for op in plan.kv_ops:
-            self._kv_op(op, plan.seq)
-            result.kv_ops_done.append(op.op_id)
+            self.table.retire(slots)
+
+    def _copy(self, orders: list[Order], stats: StepStats, result: pb.StepResult) -> None:
+        """The plan's kv_ops, one after the other, before anybody takes the blocks they free."""
+        if not orders:
+            return
+        begin = time.monotonic_ns()
+        for order in orders:
+            self.transfer.run(order)
+            result.kv_ops_done.append(order.op_id)
+        self.transfer.finish()
+        stats.copy = time.monotonic_ns() - begin
+        stats.num_copied = sum(len(order.dst) for order in orders)
+
+    def _apply(self, plan: pb.StepPlan, cols: PlanColumns, result: pb.StepResult) -> None:
+        """What comes between kv_ops and the rows: admissions and new blocks."""
+        table = self.table
         if plan.adapter_ops:
             raise PlanError("adapter_ops: this worker has no adapters.")
         for admit in plan.admit:
@@ -216,7 +225,7 @@ class Runner:
             shared = admit.num_computed_tokens // self.limits.block_size
             self._first_own_block[slot] = shared
             # Blocks that this request will write belong to it: their old content is gone.
-            self.block_is_named[table.block_rows[slot, shared : table.num_blocks[slot]]] = False
+            self.transfer.names.forget(table.block_rows[slot, shared : table.num_blocks[slot]])
             if error is not None:
                 add_row_error(result, slot, error)
             if self.tracer is not None and admit.trace.traceparent:
@@ -229,16 +238,7 @@ class Runner:
                     "worker request", context, attributes=attributes
                 )
         table.append_blocks(cols.new_block_rows, cols.new_block_ids)
-        self.block_is_named[cols.new_block_ids] = False
-
-    def _kv_op(self, op: pb.KvOp, seq: int) -> None:
-        if op.fence_seq >= seq:
-            raise PlanError(f"kv_ops: the fence {op.fence_seq} of op {op.op_id} is not reached.")
-        if op.kind != pb.KV_OP_KIND_ZERO:
-            raise PlanError(f"kv_ops: this worker can't do {pb.KvOpKind.Name(op.kind)}.")
-        blocks = columns.ids(op.dst_block_ids, self.limits.num_blocks, "kv_ops.dst_block_ids")
-        self.block_is_named[blocks] = False
-        self.kv_cache.pool[torch.from_numpy(blocks.astype(np.int64)).to(self.device)] = 0
+        self.transfer.names.forget(cols.new_block_ids)
 
     def _commit(
         self,
@@ -256,8 +256,7 @@ class Runner:
         if drawn is not None and drawn.errors:
             good[list(drawn.errors)] = False
         table.commit(slots, num_tokens, sampling[good], tokens[good])
-        self.block_names[cols.named_block_ids] = cols.block_names
-        self.block_is_named[cols.named_block_ids] = True
+        self.transfer.names.give(cols.named_block_ids, cols.block_names)
         if len(slots) < len(cols.slots):
             self._unname_skipped(cols.slots[table.finished[cols.slots]])
         if drawn is not None:
@@ -279,7 +278,7 @@ class Runner:
         table = self.table
         table.fail(slot)
         own = table.block_rows[slot, self._first_own_block[slot] : table.num_blocks[slot]]
-        self.block_is_named[own] = False
+        self.transfer.names.forget(own)
         add_row_error(result, slot, error)
         log.warning(
             "slot %d failed alone: %s", slot, error.message,
@@ -291,7 +290,7 @@ class Runner:
         table = self.table
         for slot in slots.tolist():
             filled = table.num_computed_tokens[slot] // self.limits.block_size
-            self.block_is_named[table.block_rows[slot, filled : table.num_blocks[slot]]] = False
+            self.transfer.names.forget(table.block_rows[slot, filled : table.num_blocks[slot]])
 
     def _count(
         self, stats: StepStats, slots: np.ndarray, num_tokens: np.ndarray, sampling: np.ndarray

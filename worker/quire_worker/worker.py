@@ -80,15 +80,19 @@ class Worker:
         self.metrics = Metrics()
         self.metrics.set_sizes(
             limits.num_blocks * spec.block_bytes,
+            limits.num_host_blocks * spec.block_bytes,
             self.model.weight_bytes,
             _memory_total(self.device),
         )
         self.step_costs = calibrate.measure(self.runner)
+        self.copy_micros = calibrate.measure_copy(self.runner)
         self.runner.memory_bytes = _memory_used(self.device)
         log.info(
-            "%s on %s: %.1f M parameters, %s, %d KV blocks of %d tokens, ready in %.1f s",
+            "%s on %s: %.1f M parameters, %s, %d KV blocks of %d tokens, %d on the host, "
+            "ready in %.1f s",
             self.model_name, self.device_name, self.model.num_parameters / 1e6,
             _dtype_name(self.model.dtype), limits.num_blocks, limits.block_size,
+            limits.num_host_blocks,
             time.monotonic() - begin,
         )  # fmt: skip
 
@@ -120,7 +124,8 @@ class Worker:
     def hello(self) -> pb.Hello:
         """Who this is, what it holds, and the highest epoch it has seen."""
         runner, limits = self.runner, self.limits
-        ids, names = runner.held_blocks()
+        ids, names = runner.transfer.names.held()
+        host_ids, host_names = runner.transfer.host_names.held()
         return pb.Hello(
             protocol_version=PROTOCOL_VERSION,
             rank=self.rank,
@@ -136,11 +141,7 @@ class Worker:
             dtype=_dtype_name(self.model.dtype),
             kv_dtype=_dtype_name(self.kv_cache.pool.dtype),
             block_size=limits.block_size,
-            tiers=[
-                pb.TierSize(
-                    tier=pb.TIER_DEVICE, num_blocks=limits.num_blocks, block_bytes=self.block_bytes
-                )
-            ],
+            tiers=self._tiers(),
             max_slots=limits.max_slots,
             max_model_len=limits.max_model_len,
             vocab_size=limits.vocab_size,
@@ -150,10 +151,23 @@ class Worker:
             step_costs=self.step_costs,
             held_block_ids=ids,
             held_block_names=names,
+            held_host_block_ids=host_ids,
+            held_host_block_names=host_names,
             system_fingerprint=self.system_fingerprint,
             pid=os.getpid(),
             software_version=__version__,
         )
+
+    def _tiers(self) -> list[pb.TierSize]:
+        limits, size = self.limits, self.block_bytes
+        tiers = [pb.TierSize(tier=pb.TIER_DEVICE, num_blocks=limits.num_blocks, block_bytes=size)]
+        if limits.num_host_blocks:
+            host = pb.TierSize(
+                tier=pb.TIER_HOST, num_blocks=limits.num_host_blocks, block_bytes=size,
+                copy_micros=self.copy_micros,
+            )  # fmt: skip
+            tiers.append(host)
+        return tiers
 
     def execute(self, plan: pb.StepPlan, received_ns: int | None = None) -> pb.StepResult:
         """Run one plan; see Runner.execute. Never raises for what a plan says."""
@@ -211,6 +225,12 @@ def _limits(
     room = (num_blocks - 1) * config.block_size  # block 0 belongs to nobody
     if room < max_model_len:
         log.warning("the KV pool holds %d tokens: the context is limited to that", room)
+    num_host_blocks = config.host_cache_memory // spec.block_bytes
+    if config.host_cache_memory and not num_host_blocks:
+        raise ConfigError(
+            f"--host-cache-memory {config.host_cache_memory} holds not one KV block of "
+            f"{spec.block_bytes} bytes; raise it, or give 0 for no host tier."
+        )
     return Limits(
         # some to spare: a freed slot rests until the plans in flight have been answered
         max_slots=config.max_num_seqs + max(4, config.max_num_seqs // 8),
@@ -218,6 +238,7 @@ def _limits(
         block_size=config.block_size,
         max_model_len=min(max_model_len, room),
         vocab_size=model.vocab_size,
+        num_host_blocks=num_host_blocks,
     )
 
 

@@ -27,7 +27,7 @@ class BlockInfo:
 
     block_id: int
     state: str  # null | free | used | cached | fenced
-    tier: str  # "device" until there are others
+    tier: str  # device | host
     owners: tuple[str, ...]  # requests with the block in their table
     num_holders: int  # requests and fences
     age_s: float | None  # since it entered the tree; None outside it
@@ -94,10 +94,21 @@ def _state(kv: KVManager, block_id: int) -> str:
     return "fenced" if holders == int(pool.fence_refs[block_id]) else "used"
 
 
+def explain_host(kv: KVManager, block_id: int) -> BlockInfo:
+    """The same for a block of the host tier, which no request holds."""
+    if kv.host is None:
+        raise IndexError(f"host block {block_id} does not exist: there is no host tier")
+    name, age, hits = kv.host.look(block_id)
+    state = "free" if name is None else "cached"
+    return BlockInfo(block_id, state, "host", (), 0, age, hits, name)
+
+
 def check_books(kv: KVManager) -> None:
     """See KVManager.check."""
     kv.pool.check()
     kv.tree.check()
+    if kv.host is not None:
+        kv.host.check()
     pool, nodes = kv.pool, list(kv.tree.nodes())
 
     in_tree = _all([node.ids for node in nodes])

@@ -21,6 +21,7 @@ class KVStats:
     hit_tokens: int = 0
     evicted_blocks: int = 0
     grafted_blocks: int = 0  # found by name, after a restart
+    host_hit_tokens: int = 0  # of hit tokens, those that were loaded from the host
 
 
 @dataclass(eq=False, slots=True)

@@ -13,9 +13,9 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from quire_scheduler.kv import eviction
-from quire_scheduler.kv.blocks import BlockAccountingError, BlockIds, BlockPool
-from quire_scheduler.kv.explain import BlockInfo, check_books, explain_blocks
+from quire_scheduler.kv import eviction, moves
+from quire_scheduler.kv.blocks import BlockIds, BlockPool
+from quire_scheduler.kv.explain import BlockInfo, check_books, explain_blocks, explain_host
 from quire_scheduler.kv.handle import KVHandle, KVStats
 from quire_scheduler.kv.names import (
     NAME_BYTES,
@@ -29,6 +29,7 @@ from quire_scheduler.kv.naming import NameIndex, NameLedger
 from quire_scheduler.kv.radix import NO_BLOCKS, Node, RadixTree
 from quire_scheduler.kv.recovery import adopt, drop_unacknowledged, find_by_name
 from quire_scheduler.kv.tables import BlockTables, Rows
+from quire_scheduler.kv.tiers import HostTier
 
 
 class KVManager:
@@ -55,6 +56,7 @@ class KVManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.stats = KVStats()
         self.clock = clock
+        self.host: HostTier | None = None  # the owner sets it when the workers have one
         self._policy = eviction.policy(eviction_policy)
         self._max_requests = max_requests
         self._max_blocks = max_blocks_per_request or num_blocks
@@ -69,6 +71,7 @@ class KVManager:
         self.tables = BlockTables(self._max_requests, self._max_blocks)
         self.handles: dict[int, KVHandle] = {}  # live ones by row of the tables
         self.acknowledged = 0  # highest plan of this epoch with a result
+        self.next_seq = 1  # the plan being built
 
     # -- a request comes in
 
@@ -97,12 +100,10 @@ class KVManager:
             ids = match.block_ids
             self.pool.retain(ids)
             if len(self.index) and len(ids) < max_blocks:
-                node, grafted = self._graft(node, data, len(ids), max_blocks)
+                node, grafted = self.graft(node, data, len(ids), max_blocks)
                 ids = np.concatenate((ids, grafted))
         num_cached_tokens = len(ids) * self.block_size
-        self.tables.extend(row, ids)
-        self.tables.num_published[row] = len(ids)
-        self.tables.nodes[row] = node
+        self.begin_with(row, node, ids)
         handle = KVHandle(
             owner,
             self.tables,
@@ -113,6 +114,17 @@ class KVManager:
         )
         self.handles[row] = handle
         return num_cached_tokens, handle
+
+    def load_prefix(self, handle: KVHandle, tokens: NDArray[np.int32], seq: int) -> bool:
+        """Goes on where match_prefix ended, with what the host holds: plan `seq` copies it in.
+
+        False: there is more, but not within what the copies of one plan may take. Release the
+        handle then; what was loaded stays cached, and the next plan goes on from there.
+        """
+        self._require_live(handle)
+        if self.host is None or handle.node is None:
+            return True
+        return moves.load_prefix(self, self.host, handle, token_bytes(tokens), seq)
 
     def peek_prefix(self, tokens: NDArray[np.int32], namespace: Namespace) -> int:
         """Tokens the tree would serve now (not those known by name only); touches nothing."""
@@ -130,7 +142,7 @@ class KVManager:
         None if free and evictable blocks do not suffice; then nothing has changed.
         """
         self._require_live(handle)
-        ids = self._allocate(num_blocks)
+        ids = self.allocate(num_blocks)
         if ids is not None:
             self._count(handle)
             self.tables.extend(handle.row, ids)
@@ -141,7 +153,7 @@ class KVManager:
         int32 [sum(counts)], in order. For requests that run: it counts no query."""
         if np.count_nonzero(self.tables.live[rows]) < len(rows):
             raise ValueError("a row of the block tables has no live handle: match the request anew")
-        ids = self._allocate(int(counts.sum()))
+        ids = self.allocate(int(counts.sum()))
         if ids is not None:
             self.tables.append(rows, counts, ids)
         return ids
@@ -236,6 +248,7 @@ class KVManager:
         """
         if seq <= self.acknowledged:
             raise ValueError(f"plan {seq} was answered already: names go with a plan to come")
+        self.next_seq = seq + 1
         return self.ledger.take(seq, self.pool.kept)
 
     # -- the way out
@@ -268,13 +281,17 @@ class KVManager:
         for handle in list(self.handles.values()):
             self.release(handle)
         drop_unacknowledged(self.tree, self.ledger, self.pool, self.acknowledged)
+        if self.host is not None:
+            self.host.drop_unacknowledged(self.acknowledged)
         self.pool.refence(1)
-        self.acknowledged = 0
+        self.acknowledged, self.next_seq = 0, 1
 
     def reset_all(self) -> None:
         """The worker's memory is gone: every handle dies, every block is free. Stats go on."""
         for handle in list(self.handles.values()):
             self.release(handle)
+        if self.host is not None:
+            self.host.reset()
         self._start(self.pool.num_blocks)
 
     def adopt_inventory(self, ids: NDArray[np.int32], names: bytes) -> int:
@@ -314,15 +331,17 @@ class KVManager:
     def usage(self) -> float:
         return self.pool.num_used / self.pool.num_usable
 
-    def explain(self, block_id: int) -> BlockInfo:
-        """Who has a block, where, since when. A search: for people, not for the loop."""
-        return explain_blocks(self, [block_id])[0]
+    def explain(self, block_id: int, tier: str = "device") -> BlockInfo:
+        """Who has a block of a tier, since when. A search: for people, not for the loop."""
+        if tier == "device":
+            return explain_blocks(self, [block_id])[0]
+        return explain_host(self, block_id)
 
     def check(self) -> None:
         """Raises BlockAccountingError unless pool, tree, handles and index agree. When idle."""
         check_books(self)
 
-    # -- inside
+    # -- inside; graft, begin_with and allocate also for the other modules of this package
 
     def _root_name(self, namespace: Hashable) -> bytes:
         return root_of(self.identity, cast(Namespace, namespace), self.block_size)
@@ -339,21 +358,25 @@ class KVManager:
                 self.stats.query_tokens += handle.num_query_tokens
                 self.stats.hit_tokens += handle.num_cached_tokens
 
-    def _allocate(self, n: int) -> BlockIds | None:
+    def begin_with(self, row: int, node: Node | None, ids: BlockIds) -> None:
+        """Cached blocks `ids` [n] stand at the beginning of a row, up to the cursor `node`."""
+        self.tables.extend(row, ids)
+        self.tables.num_published[row] = self.tables.num_blocks[row]
+        self.tables.nodes[row] = node
+
+    def allocate(self, n: int) -> BlockIds | None:
+        """Blocks [n] with one holder each, evicting as needed; None if they do not suffice."""
         pool = self.pool
         if n > pool.num_free:
             if n > pool.num_free + pool.num_cached:
                 return None
             while pool.num_free < n:
                 short, before = n - pool.num_free, pool.num_free
-                ids = self.index.pop_any(short) if len(self.index) else self.tree.evict(short)
-                if not len(ids):
-                    raise BlockAccountingError(f"{pool.num_cached} blocks cached, none evictable")
-                pool.unkeep(ids)  # fenced ones do not become free yet, hence the loop
+                pool.unkeep(moves.evict(self, short))  # fenced ones: not free yet, hence the loop
                 self.stats.evicted_blocks += pool.num_free - before
         return pool.allocate(n)
 
-    def _graft(self, node: Node, data: bytes, first: int, end: int) -> tuple[Node, BlockIds]:
+    def graft(self, node: Node, data: bytes, first: int, end: int) -> tuple[Node, BlockIds]:
         """Goes on matching by name from block `first`, up to block `end`; locks what it finds."""
         data = data[first * self.tree.block_bytes :]
         ids, names = find_by_name(self.tree, self.index, node, data, end - first)

@@ -46,6 +46,11 @@ class NameLedger:
         self.publish(ids, 0)
         self.named_seq[ids] = 0
 
+    def load(self, ids: BlockIds, seq: int) -> None:
+        """Blocks that plan `seq` copies in under their names entered the tree."""
+        self.publish(ids, seq)
+        self.named_seq[ids] = seq
+
     def add(self, ids: NDArray[np.intp], names: bytes) -> None:
         """Names (16 * n bytes) of published blocks `ids` [n], to be told."""
         self.named_seq[ids] = PREPARED
@@ -162,10 +167,11 @@ class NameIndex:
         """The block of that name, which leaves the index; None if unknown."""
         return self._ids.pop(name, None)
 
-    def pop_any(self, n: int) -> BlockIds:
-        """Up to n blocks leave the index: int32 [<= n]."""
-        count = min(n, len(self._ids))
-        return np.array([self._ids.popitem()[1] for _ in range(count)], np.int32)
+    def pop_any(self, n: int) -> tuple[BlockIds, bytes]:
+        """Up to n blocks leave the index: ids int32 [k <= n], names 16 * k bytes."""
+        items = [self._ids.popitem() for _ in range(min(n, len(self._ids)))]
+        ids = np.fromiter((block for _, block in items), np.int32, len(items))
+        return ids, b"".join(name for name, _ in items)
 
     def block_ids(self) -> BlockIds:
         """All blocks in the index: int32 [len(self)]."""

@@ -242,18 +242,27 @@ class RadixTree:
                 others.append(len(names) + len(others))
         return names, others
 
-    def evict(self, max_blocks: int) -> BlockIds:
-        """Drops up to max_blocks blocks from the tail of the policy's next leaf; empty if none."""
+    def depth(self, node: Node) -> int:
+        """Blocks above the node's first one."""
+        count, step = 0, node.parent
+        while step is not None:
+            count += step.num_blocks
+            step = step.parent
+        return count
+
+    def victim(self) -> Node | None:
+        """The policy's next leaf, of which eviction is to cut the tail; None if none may go."""
         while self._heap:
             _, stamp, node = self._heap[0]
-            if stamp != node.stamp:
-                heapq.heappop(self._heap)
-                continue
-            if max_blocks < node.num_blocks:
-                return self.cut(node, node.num_blocks - max_blocks)
+            if stamp == node.stamp:
+                return node
             heapq.heappop(self._heap)
-            return self.cut(node, 0)
-        return NO_BLOCKS
+        return None
+
+    def evict(self, max_blocks: int) -> BlockIds:
+        """Drops up to max_blocks blocks from the tail of the victim; empty if there is none."""
+        node = self.victim()
+        return NO_BLOCKS if node is None else self.cut(node, max(0, node.num_blocks - max_blocks))
 
     def cut(self, node: Node, num_left: int) -> BlockIds:
         """Keeps the first num_left blocks of an unlocked leaf; returns the others."""

@@ -5,6 +5,8 @@ Does not know requests or why the epoch changed; the manager has released all ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,6 +52,15 @@ def adopt(pool: BlockPool, index: NameIndex, ids: NDArray[np.int32], names: byte
     return len(adopted)
 
 
+def names_after(tree: RadixTree, node: Node, data: bytes, max_blocks: int) -> Iterator[bytes]:
+    """Names of the blocks of `data` that follow `node`, each computed when it is asked for."""
+    step = tree.block_bytes
+    name = bytes(complete_names(tree, node)[-NAME_BYTES:])
+    for start in range(0, max_blocks * step, step):
+        name = next_name(name, data[start : start + step])
+        yield name
+
+
 def find_by_name(
     tree: RadixTree, index: NameIndex, node: Node, data: bytes, max_blocks: int
 ) -> tuple[BlockIds, bytes]:
@@ -57,12 +68,9 @@ def find_by_name(
 
     Names are computed one by one, so a miss costs one hash.
     """
-    step = tree.block_bytes
-    name = bytes(complete_names(tree, node)[-NAME_BYTES:])
     found: list[int] = []
     names: list[bytes] = []
-    for start in range(0, max_blocks * step, step):
-        name = next_name(name, data[start : start + step])
+    for name in names_after(tree, node, data, max_blocks):
         block_id = index.pop(name)
         if block_id is None:
             break

@@ -189,7 +189,10 @@ def test_the_metrics_page_says_what_happened():
     assert values["quire_output_tokens_total",] == 240
     assert values["quire_scheduler_requests_total", "length"] == 4
     assert values["quire_scheduler_rejects_total", "invalid_request"] == 1
-    assert values["quire_preemptions_total",] > 0
+    assert values["quire_preemptions_total", "recompute"] > 0
+    assert values["quire_preemptions_total", "offload"] == 0
+    assert values["quire_recomputed_tokens_total",] > 0
+    assert 0 < values["quire_recomputed_tokens_ratio",] < 1
     assert values["quire_kv_blocks_used",] == 0
     assert values["quire_requests_limit",] == 256 + 4096
     assert values["quire_prefix_cache_evicted_blocks_total",] > 0

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from sched_helpers import Collector, Rig
 
 from fakes.worker import Options
+from quire.step_cost import StepCostModel
 from quire_scheduler.columns import Columns
-from quire_scheduler.shares import hand_out, pick_victim
+from quire_scheduler.preemption import pick_victim
+from quire_scheduler.shares import hand_out
 
 
 class Order(Collector):
@@ -53,9 +55,9 @@ def test_the_least_urgent_pays_for_a_shortage():
     state = rig.engine._driver.state
     plain = state.preempt
 
-    def preempt(request):
+    def preempt(request, *, offload):
         preempted.add(request.handle)
-        plain(request)
+        plain(request, offload=offload)
 
     state.preempt = preempt
     rig.run()
@@ -72,7 +74,7 @@ def test_no_victim_is_more_urgent_than_one_that_stays(rows):
         columns.priority[slot], columns.num_tokens[slot] = priority, tokens
         columns.num_computed_tokens[slot] = tokens
         columns.max_total[slot], columns.arrival[slot] = 64, slot
-    victim = pick_victim(columns, slots)
+    victim = pick_victim(columns, slots, StepCostModel(), None, 16).slot
     assert columns.priority[victim] == max(priority for priority, _ in rows)
 
 

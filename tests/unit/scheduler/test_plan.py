@@ -7,9 +7,11 @@ import pytest
 from sched_helpers import Rig
 
 from fakes.worker import Options
+from quire.step_cost import StepCostModel
 from quire.v1 import step_pb2
 from quire_scheduler.columns import Columns
-from quire_scheduler.shares import hand_out, pick_victim, water_fill
+from quire_scheduler.preemption import pick_victim
+from quire_scheduler.shares import hand_out, water_fill
 
 
 def rows(plan: step_pb2.StepPlan) -> dict[int, int]:
@@ -78,12 +80,16 @@ def test_the_victim_loses_least():
     columns.num_computed_tokens[:] = (30, 20, 40, 20)
     columns.arrival[:] = (0, 1, 2, 3)
     slots = np.arange(4, dtype=np.int32)
-    assert pick_victim(columns, slots) == 3  # fewest tokens, the later of two
+
+    def victim() -> int:
+        return pick_victim(columns, slots, StepCostModel(), None, 16).slot
+
+    assert victim() == 3  # fewest tokens, the later of two
     columns.priority[:] = (5, 1, 1, 1)
-    assert pick_victim(columns, slots) == 0  # the lowest priority
+    assert victim() == 0  # the lowest priority
     columns.priority[:] = 0
     columns.num_tokens[2], columns.num_expected[2] = 59, 60
-    assert pick_victim(columns, slots) == 2  # tokens in flight complete it: it loses nothing
+    assert victim() == 2  # tokens in flight complete it: it loses nothing
 
 
 def test_a_long_prompt_is_spread_over_steps():
@@ -209,7 +215,7 @@ def test_tokens_in_flight_of_a_preempted_request_are_kept_before_it_runs_again()
     request = state.last_started
     assert len(state.in_flight) == 2 and state.in_flight_still(request)
     known = request.num_tokens
-    state.preempt(request)
+    state.preempt(request, offload=False)
     assert request.slot >= 0 and request in state.waiting
     assert rig.engine._driver.send_plan() is False, "admitted again with tokens in flight"
     rig.worker.pump()

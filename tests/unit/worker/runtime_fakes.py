@@ -68,7 +68,10 @@ class HashModel:
 def make_runner(
     block_size: int = 4, num_blocks: int = 64, max_slots: int = 16, **options
 ) -> Runner:
-    limits = Limits(max_slots, num_blocks, block_size, options.pop("max_model_len", 64), VOCAB)
+    limits = Limits(
+        max_slots, num_blocks, block_size, options.pop("max_model_len", 64), VOCAB,
+        options.pop("num_host_blocks", 0),
+    )  # fmt: skip
     cache = SimpleNamespace(pool=torch.zeros(num_blocks, block_size, dtype=torch.int32))
     model = options.pop("model", None) or HashModel()
     return Runner(model, cache, limits, torch.device("cpu"), (EOS,), 7, **options)

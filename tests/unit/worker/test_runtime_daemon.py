@@ -32,7 +32,7 @@ class StubWorker:
         return self.runner.highest_epoch
 
     def hello(self):
-        ids, names = self.runner.held_blocks()
+        ids, names = self.runner.transfer.names.held()
         return pb.Hello(
             worker_epoch=7, highest_epoch=self.runner.highest_epoch, held_block_ids=ids,
             held_block_names=names,

@@ -154,7 +154,7 @@ def test_a_failed_step_commits_nothing_and_ends_the_epoch():
     failed = runner.execute(planner.plan({0: 1, 1: 2}, admit=[planner.admit(1, [4, 77])], **named))
     assert failed.status == pb.STEP_STATUS_FAILED and "on fire" in failed.error
     assert (runner.table.num_tokens[0], runner.table.num_computed_tokens[0]) == before
-    assert not runner.block_is_named[40]
+    assert not runner.transfer.names.is_named[40]
     assert runner.execute(planner.plan()).status == pb.STEP_STATUS_REFUSED
     model.breaks.clear()
     again = Planner(runner, epoch=2)
@@ -173,10 +173,10 @@ def test_a_new_epoch_drops_slots_and_keeps_names():
     again.free = [7, 8, 9]
     again.run()
     assert not runner.table.in_use.any()
-    assert runner.held_blocks() == (i32(0, 1), b"a" * 16 + b"b" * 16)
+    assert runner.transfer.names.held() == (i32(0, 1), b"a" * 16 + b"b" * 16)
     out = again.generate(4, PROMPT, n=3, computed=8, blocks=[0, 1])
     assert out == reference_greedy(PROMPT, 3)
-    assert runner.held_blocks()[0] == i32(0, 1)
+    assert runner.transfer.names.held()[0] == i32(0, 1)
 
 
 def test_a_block_with_a_new_owner_loses_its_name():
@@ -187,12 +187,12 @@ def test_a_block_with_a_new_owner_loses_its_name():
     planner.run(retire=[0])
     planner.free = [1]
     planner.generate(1, [3], n=1)
-    assert runner.held_blocks()[0] == i32(0, 2)
+    assert runner.transfer.names.held()[0] == i32(0, 2)
     planner.run({2: 4}, admit=[planner.admit(2, [1, 2, 3, 4], blocks=[2])])
-    assert runner.held_blocks()[0] == i32(0)
+    assert runner.transfer.names.held()[0] == i32(0)
     op = pb.KvOp(op_id=9, kind=pb.KV_OP_KIND_ZERO, dst_block_ids=i32(0))
     assert list(planner.run(kv_ops=[op]).kv_ops_done) == [9]
-    assert runner.held_blocks()[0] == b""
+    assert runner.transfer.names.held()[0] == b""
     assert not runner.kv_cache.pool[0].any()
 
 
@@ -206,7 +206,7 @@ def test_nan_logits_fail_their_row_alone():
     names = {"named_block_ids": i32(0, 3), "block_names": bytes(32)}
     result = planner.run({0: 11, 1: 2, 2: 1}, admit=admits, **names)
     assert planner.errors == {1: "numeric_error"} and result.num_outputs == b"\1\0\1"
-    assert runner.held_blocks()[0] == i32(0)  # block 3 was the broken row's
+    assert runner.transfer.names.held()[0] == i32(0)  # block 3 was the broken row's
     planner.run({0: 1, 2: 1})
     assert planner.outputs[0] == reference_greedy(PROMPT, 2)
     assert planner.outputs[2] == reference_greedy([8], 2)

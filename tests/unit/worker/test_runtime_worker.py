@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zmq
 from prometheus_client.parser import text_string_to_metric_families
-from runtime_fakes import Planner
+from runtime_fakes import Planner, i32
 
 from fakes.checkpoints import make_checkpoint
 from quire.config import EngineConfig
@@ -229,3 +229,30 @@ def test_sigterm_ends_a_serving_worker_with_status_0(folder):
         process.communicate()
         router.close(0)
         context.term()
+
+
+def test_the_host_tier_is_part_of_the_hello(folder):
+    worker = Worker(config_for(folder, host_cache_memory=1 << 20))
+    try:
+        device, host = worker.hello().tiers
+        assert (device.tier, host.tier) == (pb.TIER_DEVICE, pb.TIER_HOST)
+        assert host.num_blocks == (1 << 20) // host.block_bytes > 0
+        assert host.copy_micros > 0 == device.copy_micros
+        planner = planner_for(worker)
+        copy = pb.KvOp(
+            kind=pb.KV_OP_KIND_OFFLOAD, src_block_ids=i32(3), dst_block_ids=i32(1),
+            block_names=b"n" * 16,
+        )  # fmt: skip
+        planner.run(kv_ops=[copy])
+        hello = worker.hello()
+        assert (hello.held_host_block_ids, hello.held_host_block_names) == (i32(1), b"n" * 16)
+        page = text_string_to_metric_families(worker.heartbeat().metrics.decode())
+        size = next(f.samples[0].value for f in page if f.name == "quire_worker_host_kv_pool_bytes")
+        assert size == host.num_blocks * host.block_bytes
+    finally:
+        worker.close()
+
+
+def test_a_host_tier_smaller_than_a_block_is_an_error(folder):
+    with pytest.raises(ConfigError, match="--host-cache-memory 100 holds not one KV block"):
+        Worker(config_for(folder, host_cache_memory=100))

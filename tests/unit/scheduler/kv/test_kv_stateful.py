@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kv_builders import BLOCK, IDENTITY, Clock
 
-from quire_scheduler.kv import KVHandle, KVManager, Namespace
+from quire_scheduler.kv import HostTier, KVHandle, KVManager, Namespace, Order
 from quire_scheduler.kv.names import chain, root_of
 
 NUM_BLOCKS = 14
@@ -43,6 +43,8 @@ class Memory:
 
     content: dict[int, Content] = field(default_factory=dict)
     names: dict[int, bytes] = field(default_factory=dict)
+    host: dict[int, Content] = field(default_factory=dict)
+    host_names: dict[int, bytes] = field(default_factory=dict)
 
     def hand_out(self, block: int) -> None:
         self.content.pop(block, None)
@@ -66,8 +68,17 @@ class Plan:
     writes: list[tuple[int, Content]] = field(default_factory=list)
     named: list[tuple[int, bytes]] = field(default_factory=list)
     rows: list[tuple[Running, int]] = field(default_factory=list)  # tokens confirmed by the result
+    copies: list[Order] = field(default_factory=list)
 
     def execute(self, memory: Memory, failing: bool = False) -> None:
+        for order in self.copies:
+            for src, dst, name in zip(order.src, order.dst, order.names, strict=True):
+                if order.is_load:
+                    assert memory.host_names[src] == name
+                    memory.content[dst], memory.names[dst] = memory.host[src], name
+                else:
+                    assert name_of(memory.content[src]) == name
+                    memory.host[dst], memory.host_names[dst] = memory.content[src], name
         for block in self.new_blocks:
             memory.hand_out(block)
         memory.names.update(self.named)
@@ -75,15 +86,30 @@ class Plan:
 
 
 class KVMachine(RuleBasedStateMachine):
-    @initialize(policy=st.sampled_from(["lru", "lfu", "fifo"]))
-    def start(self, policy: str) -> None:
+    @initialize(
+        policy=st.sampled_from(["lru", "lfu", "fifo"]),
+        num_host_blocks=st.sampled_from([0, 1, 3, 10, 40]),
+        copy_s=st.sampled_from([0.001, 0.2]),
+    )
+    def start(self, policy: str, num_host_blocks: int, copy_s: float) -> None:
         self.policy = policy
+        self.num_host_blocks, self.copy_s = num_host_blocks, copy_s
         self.worker = Memory()
         self.history: list[tuple[Namespace, list[int]]] = []
         self.new_scheduler()
 
     def new_scheduler(self) -> None:
         self.kv = KVManager(NUM_BLOCKS, BLOCK, IDENTITY, eviction_policy=self.policy, clock=Clock())
+        if self.num_host_blocks:
+            # Deep blocks are worth a copy, the first ones not always.
+            self.kv.host = HostTier(
+                self.num_host_blocks,
+                BLOCK,
+                self.copy_s,
+                lambda first, n: n * (0.01 + first),
+                Clock(),
+            )
+            self.kv.host.limit_s = 1.0
         self.new_epoch()
 
     def new_epoch(self) -> None:
@@ -104,6 +130,23 @@ class KVMachine(RuleBasedStateMachine):
         assert expected <= num_cached < max(1, len(forced))
         for i, block in enumerate(handle.block_ids.tolist()):
             assert self.future.content[block] == (namespace, tuple(forced[: (i + 1) * BLOCK]))
+        num_matched = handle.num_blocks
+        complete = self.kv.load_prefix(handle, tokens, self.plan.seq)
+        num_cached = handle.num_cached_tokens
+        assert num_cached == handle.num_blocks * BLOCK < max(1, len(forced))
+        loads = {}
+        for order in self.kv.host.orders if self.kv.host is not None else ():
+            if order.is_load:
+                loads.update(zip(order.dst, order.names, strict=True))
+        for i, block in enumerate(handle.block_ids.tolist()[num_matched:], num_matched):
+            content = (namespace, tuple(forced[: (i + 1) * BLOCK]))
+            if loads.get(block) == name_of(content):
+                self.future.content[block] = content  # verified when the plan is executed
+                self.future.names[block] = name_of(content)
+            assert self.future.content[block] == content
+        if not complete:
+            self.kv.release(handle)
+            return
         request = Running(namespace, forced + outputs, len(forced), handle, num_cached, len(forced))
         if self.grow(request, len(forced)):
             self.running.append(request)
@@ -214,6 +257,8 @@ class KVMachine(RuleBasedStateMachine):
             assert name == name_of(self.future.content[block])
             self.plan.named.append((block, name))
         self.future.names.update(self.plan.named)
+        if self.kv.host is not None:
+            self.plan.copies = self.kv.host.take(self.plan.seq)
         self.sent.append(self.plan)
         self.plan = Plan(self.plan.seq + 1)
 
@@ -308,6 +353,9 @@ class KVMachine(RuleBasedStateMachine):
     def adopt(self) -> None:
         names = self.worker.names
         self.kv.adopt_inventory(np.array(list(names), np.int32), b"".join(names.values()))
+        if self.kv.host is not None:
+            held = self.worker.host_names
+            self.kv.host.adopt(np.array(list(held), np.int32), b"".join(held.values()))
 
     # -- always
 
@@ -321,6 +369,8 @@ class KVMachine(RuleBasedStateMachine):
         if hasattr(self, "worker"):
             for block, name in self.worker.names.items():
                 assert name == name_of(self.worker.content[block])
+            for block, name in self.worker.host_names.items():
+                assert name == name_of(self.worker.host[block])
 
     def teardown(self) -> None:
         if not hasattr(self, "kv"):
