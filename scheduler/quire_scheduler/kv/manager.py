@@ -260,6 +260,12 @@ class KVManager:
 
     # -- recovery
 
+    def next_epoch(self) -> None:
+        """New epoch, same worker, every plan answered: handles and blocks stay as they are."""
+        self.ledger.new_epoch(self.tree, self.acknowledged)
+        self.pool.refence(1)
+        self.acknowledged = 0
+
     def reset_unacknowledged(self) -> None:
         """New epoch, same worker: every handle dies, blocks of unanswered plans are dropped.
 
@@ -268,8 +274,7 @@ class KVManager:
         for handle in list(self.handles.values()):
             self.release(handle)
         drop_unacknowledged(self.tree, self.ledger, self.pool, self.acknowledged)
-        self.pool.refence(1)
-        self.acknowledged = 0
+        self.next_epoch()
 
     def reset_all(self) -> None:
         """The worker's memory is gone: every handle dies, every block is free. Stats go on."""
