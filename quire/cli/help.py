@@ -106,8 +106,8 @@ Field = dataclasses.Field[Any]
 
 
 def _usage(command: Command) -> str:
-    positional = f" [{command.positional}]" if command.positional else ""
-    return f"usage: quire {command.name}{positional} [--setting value ...]"
+    words = "".join(f" [{w}]" if w == "MODEL" else f" {w}" for w in command.words)
+    return f"usage: quire {command.name}{words} [--setting value ...]"
 
 
 def _options(command: Command) -> list[str]:

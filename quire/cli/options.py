@@ -37,13 +37,14 @@ _SETTINGS = (CONFIG, PRINT)
 
 @dataclass(frozen=True)
 class Command:
-    """One verb. entry: 'module:function', imported when it runs; positional: its one word."""
+    """One verb. entry: 'module:function', imported when it runs; words: what follows it by place,
+    MODEL for the setting, others for options of that name."""
 
     name: str
     summary: str
     entry: str
     options: tuple[Option, ...] = ()
-    positional: str = ""
+    words: tuple[str, ...] = ()
 
 
 COMMANDS = (
@@ -52,7 +53,7 @@ COMMANDS = (
         "start gateway, scheduler and worker, and keep them running",
         "quire.cli.serve:run",
         (Option("--dry-run", "check everything, print the plan, start nothing"), *_SETTINGS),
-        "MODEL",
+        ("MODEL",),
     ),
     Command(
         "generate",
@@ -68,7 +69,7 @@ COMMANDS = (
             Option("--stop", "end at this string", "TEXT"),
             *_SETTINGS,
         ),
-        "MODEL",
+        ("MODEL",),
     ),
     Command(
         "chat",
@@ -82,7 +83,7 @@ COMMANDS = (
             Option("--seed", "same seed, same answers", "N"),
             *_SETTINGS,
         ),
-        "MODEL",
+        ("MODEL",),
     ),
     Command(
         "blocks",
@@ -102,6 +103,27 @@ COMMANDS = (
         "quire.cli.services:worker",
         (Option("--rank", "which worker this is", "N", "0"), *_SETTINGS),
     ),
+    Command(
+        "replay",
+        "run a journal's plans again and compare every result",
+        "quire.cli.replay:run",
+        _SETTINGS,
+        ("PATH",),
+    ),
+    Command(
+        "journal",
+        "show what a journal holds, or make a trace of it",
+        "quire.cli.journal:run",
+        (
+            Option("--request", "only what concerns this request", "ID"),
+            Option("--epoch", "only this epoch", "N"),
+            Option("--from", "only from so many seconds on", "S"),
+            Option("--to", "only up to so many seconds", "S"),
+            Option("--json", "one JSON object a line"),
+            *_SETTINGS,
+        ),
+        ("ACTION", "PATH"),
+    ),
 )
 
 
@@ -117,7 +139,7 @@ class Line:
         """What was given for an option, or its default; switches are '1' or ''."""
         if key in self.options:
             return self.options[key]
-        return next(o.default for o in self.command.options if o.key == key)
+        return next((o.default for o in self.command.options if o.key == key), "")
 
     def number(self, key: str, low: float, high: float) -> float:
         """A finite option between low and high. Raises ConfigError with the bounds."""
@@ -162,13 +184,16 @@ def parse(command: Command, words: Sequence[str]) -> Line:
     """
     options, rest = _take(command.options, list(words))
     settings, positional = split_flags(rest, also=[o.name for o in command.options])
-    if positional and command.positional:
-        word, *positional = positional
+    for place, word in zip(command.words, positional, strict=False):
+        if place != "MODEL":
+            options[place.lower()] = word
+            continue
         if settings.get("model", word) != word:
             raise ConfigError(
                 f"two models: {word!r} and --model {settings['model']!r}; give one of them."
             )
         settings["model"] = word
+    positional = positional[len(command.words) :]
     if positional:
         raise ConfigError(
             f"{command.name} does not take {positional[0]!r}; see quire {command.name} --help."

@@ -74,8 +74,12 @@ def make(resolved: Resolved) -> Plan:
     device = _device(config)
     if config.chat_template and not Path(config.chat_template).expanduser().is_file():
         raise ConfigError(f"--chat-template {config.chat_template}: no such file.")
-    if config.journal and not Path(config.journal).expanduser().absolute().parent.is_dir():
-        raise ConfigError(f"--journal {config.journal}: its folder does not exist.")
+    if config.journal:
+        journal = Path(config.journal).expanduser().absolute()
+        if not journal.parent.is_dir():
+            raise ConfigError(f"--journal {config.journal}: {journal.parent} does not exist.")
+        if journal.exists() and not journal.is_dir():
+            raise ConfigError(f"--journal {config.journal} is a file; name a folder.")
     config, notes = _inner_addresses(config, resolved)
     folder = hub.resolve(config.model, config.revision or None)
     found = inspect(folder, config.tokenizer)

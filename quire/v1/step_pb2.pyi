@@ -258,7 +258,7 @@ class StepPlan(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., seq: _Optional[int] = ..., admit: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., slots: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., new_block_rows: _Optional[bytes] = ..., new_block_ids: _Optional[bytes] = ..., named_block_ids: _Optional[bytes] = ..., block_names: _Optional[bytes] = ..., retired_slots: _Optional[bytes] = ..., kv_ops: _Optional[_Iterable[_Union[KvOp, _Mapping]]] = ..., adapter_ops: _Optional[_Iterable[_Union[AdapterOp, _Mapping]]] = ..., traces: _Optional[_Iterable[_Union[_common_pb2.TraceContext, _Mapping]]] = ..., draft_counts: _Optional[bytes] = ..., micro_batch: _Optional[int] = ..., new_block_pools: _Optional[bytes] = ..., mask_frame: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class Admit(_message.Message):
-    __slots__ = ("slot", "request_id", "kind", "prompt_token_ids", "output_token_ids", "num_computed_tokens", "block_ids", "sampling_params", "adapter", "grammar", "trace", "multimodal")
+    __slots__ = ("slot", "request_id", "kind", "prompt_token_ids", "output_token_ids", "num_computed_tokens", "block_ids", "sampling_params", "adapter", "grammar", "trace", "multimodal", "waited_micros")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +271,7 @@ class Admit(_message.Message):
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     MULTIMODAL_FIELD_NUMBER: _ClassVar[int]
+    WAITED_MICROS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     request_id: str
     kind: _common_pb2.RequestKind
@@ -283,7 +284,8 @@ class Admit(_message.Message):
     grammar: _common_pb2.Grammar
     trace: _common_pb2.TraceContext
     multimodal: bytes
-    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[_common_pb2.RequestKind, str]] = ..., prompt_token_ids: _Optional[bytes] = ..., output_token_ids: _Optional[bytes] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., adapter: _Optional[str] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ..., multimodal: _Optional[bytes] = ...) -> None: ...
+    waited_micros: int
+    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[_common_pb2.RequestKind, str]] = ..., prompt_token_ids: _Optional[bytes] = ..., output_token_ids: _Optional[bytes] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., adapter: _Optional[str] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ..., multimodal: _Optional[bytes] = ..., waited_micros: _Optional[int] = ...) -> None: ...
 
 class KvOp(_message.Message):
     __slots__ = ("op_id", "kind", "fence_seq", "src_block_ids", "dst_block_ids", "block_names", "peer")

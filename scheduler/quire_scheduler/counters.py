@@ -56,6 +56,10 @@ class Counters:
     worker_losses: int = 0
     failed_steps: int = 0
     frames_dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    # the journal
+    journal_bytes: int = 0
+    journal_segments: int = 0
+    journal_failed: bool = False  # it is off because of an error
     # histograms
     queue_time: Histogram = field(default_factory=_seconds)  # arrival -> first plan
     plan_time: Histogram = field(default_factory=_seconds)

@@ -23,13 +23,16 @@ from quire_scheduler.admission import ModelInfo
 from quire_scheduler.columns import Columns
 from quire_scheduler.counters import Counters
 from quire_scheduler.group import Group, Worker
-from quire_scheduler.journal import Direction, Journal
+from quire_scheduler.journal import Journal
 from quire_scheduler.memory import describe
+from quire_scheduler.opening import opening
 from quire_scheduler.outbox import Outbox
 from quire_scheduler.pace import Pacer
+from quire_scheduler.plan import Plan
 from quire_scheduler.preemption import Victim
 from quire_scheduler.request import Request
 from quire_scheduler.schedule import preempt, publish_outputs, schedule
+from quire_scheduler.segment import Direction
 from quire_scheduler.shares import Limits
 from quire_scheduler.state import State
 
@@ -106,6 +109,8 @@ class Driver:
         in_flight = self.state.in_flight
         if not in_flight:
             return True
+        if self._journal is not None and self._journal.full:
+            return False  # its next segment begins when nothing is in flight
         if len(in_flight) >= self.group.layout.pp_size + 1:
             return False
         return self.pacer.until_lead(in_flight[-1], now) <= 0
@@ -127,9 +132,10 @@ class Driver:
         """Decide on the next step and send it. False when there is nothing to send."""
         state = self.state
         assert state is not None
+        if self._journal is not None and self._journal.full:
+            return self._open_segment(state, self._journal)
         started = time.perf_counter()
         state.requeue(state.probation.advance())
-        before = state.in_flight[-1] if state.in_flight else None
         limits = self._limits
         if not self.config.max_num_batched_tokens:  # auto follows what steps really cost
             limits = replace(limits, max_num_batched_tokens=self.pacer.cost.default_budget)
@@ -141,25 +147,38 @@ class Driver:
         if plan is None:
             return self._unblock()
         self.seq += 1
+        return self._send_plan(state, plan, started)
+
+    def _send_plan(self, state: State, plan: Plan, started: float) -> bool:
+        """The plan, the last one in flight, to every rank. started: performance counter when its
+        making began. False when a rank can't be reached."""
         now = self._clock()
-        self.pacer.sent(plan, before, now)
-        for request, _ in plan.admitted:
-            if not request.resumed:
-                self._counters.queue_time.observe(now - request.arrived_at)
-                request.span.set(quire__queue_ms=(now - request.arrived_at) * 1e3)
+        self.pacer.sent(plan, state.in_flight[:-1], now)
         deadline = plan.begins_at - now + health.patience(plan)
-        message = step_pb2.SchedulerFrame(plan=plan.to_proto(min(int(deadline * 1e3), 1 << 31)))
-        frame = message.SerializeToString()
+        message = plan.to_proto(now, min(int(deadline * 1e3), 1 << 31))
+        frame = step_pb2.SchedulerFrame(plan=message).SerializeToString()
         if self._journal is not None:
-            self._journal.append(Direction.PLAN, frame, time.monotonic_ns())
+            self._journal.append(Direction.PLAN, frame, now)
         plan.ranks = set(self.group.workers)
         lost = [w for w in self.group.workers.values() if not self._link.send(w.peer, frame)]
-        counters = self._counters
-        counters.plan_time.observe(time.perf_counter() - started)
-        counters.scheduled_tokens += plan.total_tokens
+        self._counters.plan_time.observe(time.perf_counter() - started)
         for worker in lost:
             self._lose(worker, "can't be reached")
         return not lost
+
+    def _open_segment(self, state: State, journal: Journal) -> bool:
+        """A segment of the journal is replayed by itself: it begins with an epoch of its own."""
+        started = time.perf_counter()
+        self.epoch += 1
+        self.seq = 0
+        self._counters.epochs += 1
+        journal.rotate(worker.hello for worker in self.group.workers.values())
+        for plan in opening(state, self.epoch):
+            self.seq = plan.seq
+            if not self._send_plan(state, plan, started):
+                return False
+        journal.opened()
+        return True
 
     def _unblock(self) -> bool:
         """Nothing can run though requests wait: make room, so that nobody waits for ever."""

@@ -28,10 +28,11 @@ from quire_scheduler.admission import ModelInfo
 from quire_scheduler.counters import Counters
 from quire_scheduler.driver import Driver
 from quire_scheduler.intake import Intake
-from quire_scheduler.journal import Direction, Journal
+from quire_scheduler.journal import Journal
 from quire_scheduler.kv.explain import BlockInfo, explain_blocks, most_hit
 from quire_scheduler.outputs import Client, Outputs
 from quire_scheduler.request import Submission
+from quire_scheduler.segment import Direction
 
 log = logging.getLogger("quire.scheduler")
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class Engine:
         self.on_crash: Callable[[], None] | None = None  # called once, on the engine thread
         self._link = link
         self._clock = clock
-        self._journal = Journal(config.journal) if config.journal else None
+        self._journal = Journal(config, self.counters, clock) if config.journal else None
         self._driver = Driver(config, link, clock, self.counters, self._journal)
         self._intake = Intake(
             config,
@@ -325,10 +326,13 @@ class Engine:
             self.counters.drop("malformed")
             return
         kind = message.WhichOneof("message")
-        if kind in ("hello", "result", "ack") and self._journal is not None:
-            self._journal.append(Direction.WORKER, frame, time.monotonic_ns())
+        if kind in ("result", "ack"):
+            self._record(frame)
         if kind == "hello":
-            if self._driver.on_hello(peer, message.hello, now):
+            complete = self._driver.on_hello(peer, message.hello, now)
+            if self._driver.group.by_peer(peer) is not None:
+                self._record(frame)  # before the plans for it; one that was refused gets none
+            if complete:
                 model = self._driver.model
                 assert model is not None
                 self._intake.take_early(model, now)
@@ -342,6 +346,10 @@ class Engine:
             self._driver.probe(peer)  # the link saw a connection go
         else:
             self.counters.drop("empty")
+
+    def _record(self, frame: bytes) -> None:
+        if self._journal is not None:
+            self._journal.append(Direction.WORKER, frame, self._clock())
 
     def _answer(self, now: float) -> None:
         """Deliver what the driver has for clients, and forget requests that ended."""

@@ -66,6 +66,11 @@ class EngineCollector(Collector):
             ),
             ("quire_engine_healthy", "1 = tokens come when they should", int(stats.healthy)),
             ("quire_engine_epoch", "Epoch of the step protocol", stats.epoch),
+            (
+                "quire_journal_failed",
+                "1 = the journal is off because of an error",
+                int(self._engine.counters.journal_failed),
+            ),
             ("quire_scheduler_memory_bytes", "Resident memory", resident_bytes()),
         ):
             yield GaugeMetricFamily(name, text, value)
@@ -160,6 +165,8 @@ def _counters(counters: Counters, stats: Stats) -> Iterator[Metric]:
         ("quire_engine_epochs", "Epochs begun", counters.epochs),
         ("quire_worker_losses", "Workers lost", counters.worker_losses),
         ("quire_failed_steps", "Steps that failed on a worker", counters.failed_steps),
+        ("quire_journal_bytes", "Bytes written to the journal", counters.journal_bytes),
+        ("quire_journal_segments", "Segments of the journal begun", counters.journal_segments),
     ):
         yield CounterMetricFamily(name, text, value)
     for name, text, label, values in (

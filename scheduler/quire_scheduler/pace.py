@@ -7,6 +7,8 @@ for two steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from quire.step_cost import StepCostModel, StepSize
@@ -47,12 +49,17 @@ class Pacer:
         target_s /= 1 + cost.stray(decoding.num_tokens + chunk)
         return max(MIN_CHUNK, cost.largest_chunk(decoding, start, target_s, chunk))
 
-    def sent(self, plan: Plan, before: Plan | None, now: float) -> None:
-        """The plan leaves, behind `before` if that is still running."""
+    def sent(self, plan: Plan, ahead: Sequence[Plan], now: float) -> None:
+        """The plan leaves, behind those `ahead` that are not answered."""
         plan.predicted_s = plan.copies_s + self.cost.predict(plan.size)
         plan.sent_at = plan.begins_at = now
-        if before is not None:
-            plan.begins_at = max(now, before.begins_at + before.predicted_s)
+        if ahead:
+            plan.begins_at = max(now, ahead[-1].begins_at + ahead[-1].predicted_s)
+        self._counters.scheduled_tokens += plan.total_tokens
+        for request, _ in plan.admitted:
+            if not request.resumed:
+                self._counters.queue_time.observe(now - request.arrived_at)
+                request.span.set(quire__queue_ms=(now - request.arrived_at) * 1e3)
 
     def answered(
         self, plan: Plan, timings: step_pb2.StepTimings, following: Plan | None, now: float

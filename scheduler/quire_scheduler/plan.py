@@ -71,7 +71,8 @@ class Plan:
     def num_copied_blocks(self) -> int:
         return sum(len(order) for order in self.copies)
 
-    def to_proto(self, deadline_ms: int = 0) -> step_pb2.StepPlan:
+    def to_proto(self, now: float, deadline_ms: int = 0) -> step_pb2.StepPlan:
+        """The wire form. now: the engine's clock, seconds."""
         message = step_pb2.StepPlan(
             epoch=self.epoch,
             seq=self.seq,
@@ -89,7 +90,7 @@ class Plan:
             assert request.columns is not None
             kv = request.columns.kv[request.slot]
             assert kv is not None
-            message.admit.append(request.admit(request.slot, first, kv.block_ids))
+            message.admit.append(request.admit(request.slot, first, kv.block_ids, now))
         if self.admitted and any(admit.HasField("trace") for admit in message.admit):
             message.traces.extend(admit.trace for admit in message.admit)
         message.kv_ops.extend(kv_op(order) for order in self.copies)

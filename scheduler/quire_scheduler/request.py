@@ -106,8 +106,9 @@ class Request:
             flags |= int(step_pb2.ROW_FLAG_LOGPROBS)
         return flags
 
-    def admit(self, slot: int, num_computed: int, block_ids: I32) -> step_pb2.Admit:
+    def admit(self, slot: int, num_computed: int, block_ids: I32, now: float) -> step_pb2.Admit:
         """The wire form of its admission to a slot."""
+        waited = max(now - self.arrived_at, 0.0)
         prompt = self.num_prompt_tokens
         tokens = self.columns.token_ids[slot, : self.num_tokens] if self.columns else self.tokens
         return step_pb2.Admit(
@@ -121,6 +122,7 @@ class Request:
             sampling_params=self.params.to_proto(),
             grammar=self.grammar,
             trace=trace_context(self.span.context),
+            waited_micros=int(waited * 1e6),
         )
 
 

@@ -153,6 +153,23 @@ class State:
         self.kv.reset_unacknowledged()
         return out
 
+    def next_epoch(self) -> list[Request]:
+        """Every plan is answered, and the numbers begin anew: slots to be retired are free, blocks
+        and requests stay where they are. Returns the running ones, to be admitted again."""
+        assert not self.in_flight and not self.leaving
+        columns, slots = self.columns, self.running_slots
+        columns.give_back(np.array(self.to_retire, np.int32))
+        self.to_retire.clear()
+        self.acknowledged = 0
+        columns.last_seq[:] = 0
+        columns.num_forced[slots] = columns.num_tokens[slots]
+        self.kv.next_epoch()
+        running = [columns.requests[slot] for slot in slots.tolist()]
+        for request in running:
+            assert request is not None
+            request.resumed = True
+        return [request for request in running if request is not None]
+
     def shorten(self, max_model_len: int) -> list[Request]:
         """The memory of new workers may hold less: requests, none of them in a slot, end at the
         new context's end. Returns those that have reached it."""

@@ -8,6 +8,7 @@ MOST = 400
 # path -> why it may be longer
 LONGER = {
     "quire/config.py": "the one table of all settings, with the readers of its values",
+    "scheduler/quire_scheduler/driver.py": "one group's epochs: what begins, feeds and ends them",
 }
 
 

@@ -273,6 +273,14 @@ class KVManager:
 
     # -- recovery
 
+    def next_epoch(self) -> None:
+        """New epoch, same worker, every plan answered: handles and blocks stay as they are."""
+        self.ledger.new_epoch(self.tree, self.acknowledged)
+        if self.host is not None:
+            self.host.next_epoch()
+        self.pool.refence(1)
+        self.acknowledged, self.next_seq = 0, 1
+
     def reset_unacknowledged(self) -> None:
         """New epoch, same worker: every handle dies, blocks of unanswered plans are dropped.
 
@@ -283,8 +291,7 @@ class KVManager:
         drop_unacknowledged(self.tree, self.ledger, self.pool, self.acknowledged)
         if self.host is not None:
             self.host.drop_unacknowledged(self.acknowledged)
-        self.pool.refence(1)
-        self.acknowledged, self.next_seq = 0, 1
+        self.next_epoch()
 
     def reset_all(self) -> None:
         """The worker's memory is gone: every handle dies, every block is free. Stats go on."""

@@ -33,7 +33,6 @@ def drop_unacknowledged(
         for inner in reversed(below[1:]):
             pool.unkeep(tree.cut(inner, 0))
         pool.unkeep(tree.cut(node, int(doubtful.argmax())))
-    ledger.new_epoch(tree, acknowledged)
 
 
 def adopt(pool: BlockPool, index: NameIndex, ids: NDArray[np.int32], names: bytes) -> int:

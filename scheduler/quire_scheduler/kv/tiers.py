@@ -186,9 +186,12 @@ class HostTier:
         for name, block in list(self._blocks.items()):
             if self._seq[block] > acknowledged:
                 self._remove(name)
-        self._seq[:] = 0
         self.orders, self._ordered = [], [0, 0]
         self._pinned = frozenset()
+
+    def next_epoch(self) -> None:
+        """Every plan sent is answered. Copies that wait for a plan go on waiting."""
+        self._seq[self._seq != UNSENT] = 0
 
     def adopt(self, ids: NDArray[np.int32], names: bytes) -> int:
         """Content that the worker says it holds: blocks `ids` [n], `names` (16 * n bytes). Passed

@@ -106,6 +106,59 @@ def test_streams_equal_the_oracle_under_any_load(
     drive(rig, arrivals)
 
 
+class Restless:
+    """A journal that is full after every few records: a new segment each time."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.left, self.num_segments = every, every, 0
+
+    @property
+    def full(self) -> bool:
+        return self.left <= 0
+
+    def append(self, *record: object) -> None:
+        self.left -= 1
+
+    def rotate(self, hellos: list[object]) -> None:
+        assert hellos
+        self.left, self.num_segments = self.every, self.num_segments + 1
+
+    def opened(self) -> None:
+        self.left = self.every
+
+    def flush_if_due(self, monotonic_ns: int, *, idle: bool) -> None:
+        pass
+
+
+@SETTINGS
+@given(
+    requests,
+    st.integers(16, 128),
+    st.integers(11, 60),
+    st.integers(2, 9),
+    st.sampled_from([0, 12]),
+    st.booleans(),
+    st.integers(3, 20),  # an opening, its answer, and a step: fewer would be all openings
+    st.lists(st.integers(1, 60), max_size=2),
+)
+def test_segments_of_the_journal_change_no_stream(
+    arrivals, budget, num_blocks, max_num_seqs, eos_every, caching, every, hellos
+):
+    """Epochs that begin where everything stands: no text changes, no block is lost."""
+    options = Options(num_blocks=num_blocks, max_slots=max_num_seqs + 1, eos_every=eos_every)
+    rig = Rig(
+        options,
+        max_num_batched_tokens=budget,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=caching,
+    )
+    journal = Restless(every)
+    rig.engine._journal = rig.engine._driver._journal = journal  # type: ignore[assignment]
+    drive(rig, arrivals, lambda turn: rig.worker.hello() if turn in hellos else None)
+    assert journal.num_segments or rig.engine.counters.steps <= every
+    assert all(stream.deaths == 0 for stream in rig.client.streams.values())
+
+
 @SETTINGS
 @given(
     requests, st.integers(16, 128), st.integers(11, 40), st.sets(st.integers(2, 120), max_size=4)

@@ -1,4 +1,4 @@
-"""The small parts: waiting queue, outputs, journal, pace, metrics page."""
+"""The small parts: waiting queue, outputs, pace, metrics page."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from sched_helpers import Rig
 
 from fakes.worker import Options
-from quire.errors import AddressInUse, ConfigError, QuireError
-from quire.v1 import engine_pb2, step_pb2
-from quire_scheduler import journal
+from quire.errors import AddressInUse, QuireError
+from quire.v1 import engine_pb2
 from quire_scheduler.metrics import MetricsPage
 from quire_scheduler.outputs import ERROR, Logprobs, Outputs, merge, one_row
 from quire_scheduler.throughput import Throughput
@@ -105,67 +104,6 @@ def test_merged_outputs_keep_order_and_logprobs():
     assert message.failures[0].error.name == "queue_full"
     assert message.failures[0].error.retry_after_s == 2.0
     assert isinstance(message, engine_pb2.AttachResponse)
-
-
-def test_the_journal_holds_the_very_frames(tmp_path):
-    path = str(tmp_path / "run.journal")
-    rig = Rig(hello=False, journal=path)
-    sent: list[bytes] = []
-    came: list[bytes] = []
-    send, put = rig.link.send, rig.worker.link.send
-    rig.link.send = lambda peer, frame: (sent.append(frame), send(peer, frame))[1]
-    rig.worker.link.send = lambda frame: (came.append(frame), put(frame))[1]
-    rig.worker.hello()
-    rig.submit([5, 6, 7], max_tokens=9)
-    rig.run()
-    rig.worker.heartbeat()
-    rig.turn()
-    rig.engine.stop()
-    records = list(journal.read(path))
-    plans = [f for f in sent if step_pb2.SchedulerFrame.FromString(f).HasField("plan")]
-    answers = [f for f in came if not step_pb2.WorkerFrame.FromString(f).HasField("heartbeat")]
-    assert [r.frame for r in records if r.direction == journal.Direction.PLAN] == plans
-    assert [r.frame for r in records if r.direction == journal.Direction.WORKER] == answers
-    times = [r.monotonic_ns for r in records]
-    assert times == sorted(times) and len(plans) >= 9
-
-
-def test_a_journal_torn_by_a_crash_is_read_up_to_the_tear(tmp_path):
-    path = tmp_path / "j"
-    writer = journal.Journal(str(path))
-    for i in range(3):
-        writer.append(journal.Direction.PLAN, b"frame%d" % i, i)
-    writer.close()
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-3])
-    assert [r.frame for r in journal.read(path)] == [b"frame0", b"frame1"]
-    path.write_bytes(whole[:8] + b"\x09" + whole[9:])
-    with pytest.raises(ValueError, match="damaged at byte 8"):
-        list(journal.read(path))
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="no quire journal"):
-        list(journal.read(path))
-
-
-def test_a_journal_waits_for_idle_or_100_ms(tmp_path):
-    path = tmp_path / "j"
-    writer = journal.Journal(str(path))
-    writer.flush_if_due(1, idle=True)
-    empty = path.stat().st_size
-    writer.append(journal.Direction.PLAN, b"x", 0)
-    writer.flush_if_due(200_000_000, idle=False)
-    first = path.stat().st_size
-    writer.append(journal.Direction.PLAN, b"x", 0)
-    writer.flush_if_due(250_000_000, idle=False)
-    assert empty < first == path.stat().st_size
-    writer.flush_if_due(250_000_001, idle=True)
-    assert path.stat().st_size > first
-    writer.close()
-
-
-def test_a_journal_that_cant_be_written_is_a_configuration_error(tmp_path):
-    with pytest.raises(ConfigError, match="--journal"):
-        journal.Journal(str(tmp_path / "no" / "such"))
 
 
 def page_of_a_run() -> MetricsPage:

@@ -133,9 +133,21 @@ def test_a_new_epoch_forgets_what_was_not_acknowledged():
     host.drop_unacknowledged(1)
     assert held(host, 1, 2, 3) == [1]
     host.check()
+    host.next_epoch()
     assert host.take(1) == []
     host.drop_unacknowledged(0)  # what is certain stays so in the next epoch
     assert held(host, 1) == [1]
+
+
+def test_copies_that_wait_for_a_plan_wait_for_one_of_the_next_epoch():
+    host = tier()
+    host.offload(ids(1), names(1), 0)
+    host.take(7)
+    host.offload(ids(2), names(2), 0)
+    host.next_epoch()  # all seven are answered
+    assert [list(order.src) for order in host.take(1)] == [[2]]
+    host.drop_unacknowledged(0)
+    assert held(host, 1, 2) == [1]
 
 
 def test_an_inventory_is_adopted_once():
