@@ -87,12 +87,12 @@ class Simulated(SimulatedWorker):
 
     def trouble(self, plan: pb.StepPlan) -> str:
         fail = self.outer.options.fail
-        self.check_reads = self.outer.options.check_reads
+        self.steps.check_reads = self.outer.options.check_reads
         return fail(plan, self.outer) if fail else ""
 
     def row_trouble(self, slot: int) -> str:
         row_error = self.outer.options.row_error
-        return row_error(self.columns.by_slot[slot]) if row_error else ""
+        return row_error(self.steps.columns.by_slot[slot]) if row_error else ""
 
 
 @dataclass
@@ -143,11 +143,11 @@ class FakeWorker:
 
     @property
     def slots(self) -> dict[int, Slot]:
-        return self.inner.columns.by_slot
+        return self.inner.steps.columns.by_slot
 
     @property
     def names(self) -> dict[int, bytes]:
-        return self.inner.memory.names
+        return self.inner.steps.memory.names
 
     @property
     def results(self) -> Sequence[pb.StepResult]:

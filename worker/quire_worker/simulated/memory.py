@@ -9,7 +9,7 @@ plan and no request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,7 +32,6 @@ class SimulatedMemory:
         self.filled = np.zeros(num_blocks, np.int32)  # positions written, from the first on
         self.content = np.zeros(num_blocks, np.uint64)  # state at the last position written
         self.names: dict[int, bytes] = {}  # device block -> name
-        self.host_filled = np.zeros(num_host_blocks, np.int32)
         self.host_content = np.zeros(num_host_blocks, np.uint64)
         self.host_names: dict[int, bytes] = {}
         self._name_content: dict[bytes, int] = {}  # name -> state at the block's end, for good
@@ -57,6 +56,13 @@ class SimulatedMemory:
     def share(self, blocks: np.ndarray) -> None:
         """A slot has these blocks [n] in its table, to read."""
         self.holders[blocks] += 1
+
+    def resume(self, slot: int, block: int, filled: int, state: int) -> None:
+        """The slot goes on writing a block of which `filled` positions hold its prefix."""
+        held, content = self.holders[block] > 0, self.content[block]
+        if held or self.filled[block] != filled or content != state:
+            raise Violation(f"slot {slot} can't go on in block {block} at offset {filled}")
+        self.owner[block], self.holders[block] = slot, 1
 
     def _claim(self, blocks: np.ndarray) -> None:
         if len(blocks) and int(blocks.min()) < 1:
@@ -119,31 +125,34 @@ class SimulatedMemory:
     # -- names and tiers --------------------------------------------------------------------
     def name(self, block: int, name: bytes) -> None:
         """A full block gets its name; the same name never stands for two contents."""
-        if self.filled[block] != self.block_size:
-            raise Violation(
-                f"block {block} is named with {self.filled[block]} of {self.block_size} positions "
-                "written"
-            )
-        end = int(self.content[block])
-        if self._name_content.setdefault(name, end) != end:
-            raise Violation(f"name {name.hex()} stands for two contents")
+        self._called(name, "device", block, int(self.filled[block]), int(self.content[block]))
         self.names[block] = name
 
     def zero(self, blocks: np.ndarray) -> None:
         self._claim(blocks)
 
-    def offload(self, blocks: np.ndarray, host: np.ndarray, names: Iterable[bytes]) -> None:
-        """Device blocks [n] to host blocks [n], under the names given (or none at all)."""
-        self.host_filled[host] = self.filled[blocks]
+    def offload(self, blocks: np.ndarray, host: np.ndarray, names: Sequence[bytes]) -> None:
+        """Device blocks [n] to host blocks [n], which take the names over."""
         self.host_content[host] = self.content[blocks]
-        for block in host.tolist():
-            self.host_names.pop(block, None)
-        self.host_names.update(zip(host.tolist(), names, strict=False))
+        for block, target, name in zip(blocks.tolist(), host.tolist(), names, strict=True):
+            self._called(name, "device", block, int(self.filled[block]), int(self.content[block]))
+            self.host_names[target] = name
 
-    def load(self, host: np.ndarray, blocks: np.ndarray, names: Iterable[bytes]) -> None:
-        """Host blocks [n] to device blocks [n], under the names given (or none at all)."""
+    def load(self, host: np.ndarray, blocks: np.ndarray, names: Sequence[bytes]) -> None:
+        """Host blocks [n] to device blocks [n], which take the names over."""
         self._claim(blocks)
-        self.filled[blocks] = self.host_filled[host]
+        self.filled[blocks] = self.block_size
         self.content[blocks] = self.host_content[host]
-        for block, name in zip(blocks.tolist(), names, strict=False):
-            self.name(block, name)
+        for source, block, name in zip(host.tolist(), blocks.tolist(), names, strict=True):
+            if self.host_names.get(source) != name:
+                raise Violation(f"host block {source} does not hold {name.hex()}")
+            self.names[block] = name
+
+    def _called(self, name: bytes, tier: str, block: int, filled: int, content: int) -> None:
+        if filled != self.block_size:
+            raise Violation(
+                f"{tier} block {block} is named with {filled} of {self.block_size} positions "
+                "written"
+            )
+        if self._name_content.setdefault(name, content) != content:
+            raise Violation(f"name {name.hex()} stands for two contents")

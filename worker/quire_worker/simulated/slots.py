@@ -59,7 +59,7 @@ class Slots:
         del self.by_slot[slot]
 
     def admit(self, admit: pb.Admit) -> int:
-        """Take a request in; how many of its blocks are shared ones, full already."""
+        """Take a request in; how many of its tokens are computed already."""
         limits, slot = self.limits, admit.slot
         if slot >= limits.max_slots or self.in_use[slot]:
             raise Violation(f"slot {slot} is not free")
@@ -70,9 +70,8 @@ class Slots:
         computed = admit.num_computed_tokens
         if not len(prompt) or not computed < len(tokens) <= limits.max_model_len:
             raise Violation(f"an admission with {computed} of {len(tokens)} tokens computed")
-        shared, rest = divmod(computed, limits.block_size)
-        if rest or not shared <= len(blocks) <= limits.max_blocks_per_slot:
-            raise Violation(f"{computed} cached tokens are no whole blocks of the table")
+        if not -(-computed // limits.block_size) <= len(blocks) <= limits.max_blocks_per_slot:
+            raise Violation(f"a table of {len(blocks)} blocks for {computed} tokens computed")
         params = admit.sampling_params
         if not params.HasField("seed"):
             raise Violation("an admission has no seed")
@@ -92,7 +91,7 @@ class Slots:
             frozenset(params.stop_token_ids),
             params.logprobs if params.HasField("logprobs") else None,
         )
-        return shared
+        return computed
 
     def append_blocks(self, slots: np.ndarray, blocks: np.ndarray) -> None:
         """Blocks [n] to the tables of slots [n], in order."""
