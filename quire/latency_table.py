@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quire.config import EngineConfig
 from quire.errors import ConfigError
 
 MAX_FILE_BYTES = 256 << 20
@@ -61,6 +62,30 @@ class LatencyTable:
         """Every step takes as long."""
         points = tuple((n, n, n, n, micros) for n in (1, 1 << 20))
         return cls(points=tuple(tuple(map(float, p)) for p in points), **sizes).check()
+
+    def sized(self, config: EngineConfig) -> LatencyTable:
+        """As a worker with these settings would be: as much KV memory as was measured, unless they
+        say how much, in blocks of their size. Raises ConfigError."""
+        block_bytes = max(self.block_bytes * config.block_size // self.block_size, 1)
+        num_blocks = 1 + (self.num_blocks - 1) * self.block_size // config.block_size
+        if config.num_gpu_blocks_override:
+            num_blocks = config.num_gpu_blocks_override
+        elif config.kv_cache_memory_bytes:
+            num_blocks = config.kv_cache_memory_bytes // block_bytes
+        num_host_blocks = self.num_host_blocks * self.block_size // config.block_size
+        if config.host_cache_memory:
+            num_host_blocks = config.host_cache_memory // block_bytes
+        length = min(config.max_model_len or self.max_model_len, self.max_model_len)
+        return dataclasses.replace(
+            self,
+            block_size=config.block_size,
+            block_bytes=block_bytes,
+            num_blocks=max(num_blocks, 2),
+            num_host_blocks=num_host_blocks,
+            copy_micros=max(self.copy_micros * config.block_size // self.block_size, 1),
+            max_slots=config.max_num_seqs + max(4, config.max_num_seqs // 8),
+            max_model_len=min(length, (max(num_blocks, 2) - 1) * config.block_size),
+        ).check()
 
     def check(self) -> LatencyTable:
         """Self, or ConfigError naming the field, the value and the bounds."""

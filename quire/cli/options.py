@@ -32,6 +32,7 @@ HELP = Option("--help", "this page; --help=all: every setting, with variables an
 VERSION = Option("--version", "print the version")
 CONFIG = Option("--config", "settings from a TOML file (flag > QUIRE_* > file)", "FILE")
 PRINT = Option("--print-config", "print each setting's value and where it came from")
+SIMULATE = Option("--simulate", "no model: step times from a latency table", "TABLE")
 _SETTINGS = (CONFIG, PRINT)
 
 
@@ -51,7 +52,11 @@ COMMANDS = (
         "serve",
         "start gateway, scheduler and worker, and keep them running",
         "quire.cli.serve:run",
-        (Option("--dry-run", "check everything, print the plan, start nothing"), *_SETTINGS),
+        (
+            Option("--dry-run", "check everything, print the plan, start nothing"),
+            SIMULATE,
+            *_SETTINGS,
+        ),
         "MODEL",
     ),
     Command(
@@ -90,7 +95,12 @@ COMMANDS = (
         "worker",
         "only a worker (one per device)",
         "quire.cli.services:worker",
-        (Option("--rank", "which worker this is", "N", "0"), *_SETTINGS),
+        (
+            Option("--rank", "which worker this is", "N", "0"),
+            SIMULATE,
+            Option("--count", "simulated ranks in this process", "N", "1"),
+            *_SETTINGS,
+        ),
     ),
 )
 

@@ -23,6 +23,10 @@ from quire_worker.columns import PlanError
 from quire_worker.simulated.step import Steps
 
 RESULTS_KEPT = 8
+_PAGE = b"""# HELP quire_worker_steps_total Plans answered, by status.
+# TYPE quire_worker_steps_total counter
+quire_worker_steps_total{status="ok"} %d
+"""
 _U32 = (1 << 32) - 1
 
 
@@ -132,7 +136,7 @@ class SimulatedWorker:
             epoch=self.epoch,
             last_seq=self.last_seq,
             busy_micros=(time.monotonic_ns() - started) // 1000 if started else 0,
-            metrics=b'quire_worker_steps_total{status="ok"} %d\n' % self.num_steps,
+            metrics=_PAGE % self.num_steps,
         )
 
     def frame_dropped(self) -> None:
