@@ -102,6 +102,24 @@ COMMANDS = (
             *_SETTINGS,
         ),
     ),
+    Command(
+        "simulate",
+        "what a configuration would do with a trace, without a model",
+        "quire.cli.simulate:run",
+        (
+            Option("--trace", "requests to simulate: JSON lines, or a journal", "FILE"),
+            Option("--generate", "made-up requests, as chat:rate=5,requests=1000", "SPEC"),
+            Option("--table", "step times: a latency table, or a journal", "FILE"),
+            Option("--workers", "worker groups, each with a scheduler", "N", "1"),
+            Option("--route", "which group gets a request: by load or by prefix", "HOW", "load"),
+            Option("--seed", "of what is made up and drawn", "N", "0"),
+            Option("--max-time", "stop after so many virtual seconds; 0 = at the end", "S", "0"),
+            Option("--json", "print the report as JSON"),
+            Option("--calibrate", "only write the table: of --table JOURNAL, or a worker", "OUT"),
+            Option("--write-trace", "only write the requests as JSON lines", "OUT"),
+            *_SETTINGS,
+        ),
+    ),
 )
 
 

@@ -42,8 +42,13 @@ def worker(line: Line, resolved: Resolved) -> int:
 
 def _service(name: str, module: str = "main") -> Callable[..., Any]:
     """The service's run(). Raises ConfigError when what it needs is not installed."""
+    return load(name, module).run  # type: ignore[no-any-return]
+
+
+def load(name: str, module: str) -> Any:
+    """A module of a service. Raises ConfigError when what it needs is not installed."""
     try:
-        return import_module(f"quire_{name}.{module}").run  # type: ignore[no-any-return]
+        return import_module(f"quire_{name}.{module}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("quire"):
             raise

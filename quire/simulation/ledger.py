@@ -94,6 +94,9 @@ class Ledger:
         scheduled = sum(c.scheduled_tokens for c in counters)
         needed = prompts - cached + sum(max(s.num_tokens - 1, 0) for s in self.seen)
         asked = sum(s.prefix_query_tokens for s in stats)
+        peaks = [
+            g.peak_blocks / max(s.num_blocks_total, 1) for g, s in zip(groups, stats, strict=True)
+        ]
         return {
             "requests": len(self.seen),
             "completed": len(done),
@@ -112,9 +115,7 @@ class Ledger:
             "cached_prompt_tokens": cached,
             "preemptions": sum(s.num_preemptions for s in stats),
             "recomputed_share": round(max(scheduled - needed, 0) / max(scheduled, 1), 6),
-            "kv_peak": round(
-                max(g.peak_blocks / max(s.num_blocks_total, 1) for g, s in zip(groups, stats)), 6
-            ),
+            "kv_peak": round(max(peaks), 6),
             "steps": sum(c.steps for c in counters),
             "violations": sum(len(g.worker.violations) for g in groups),
         }
