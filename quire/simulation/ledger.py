@@ -104,9 +104,9 @@ class Ledger:
             "unfinished": sum(1 for s in self.seen if not s.reason),
             "groups": len(groups),
             "virtual_s": round(seconds, 6),
-            "ttft_ms": _spread(ttft),
-            "itl_ms": _spread(np.frombuffer(self.gaps, float)),
-            "e2e_ms": _spread(whole),
+            "ttft_ms": spread(ttft),
+            "itl_ms": spread(np.frombuffer(self.gaps, float)),
+            "e2e_ms": spread(whole),
             "prompt_tokens_per_s": round(prompts / seconds, 3) if seconds else 0.0,
             "output_tokens_per_s": round(outputs / seconds, 3) if seconds else 0.0,
             "prompt_tokens": prompts,
@@ -121,7 +121,7 @@ class Ledger:
         }
 
 
-def _spread(seconds: Any) -> dict[str, float]:
+def spread(seconds: Any) -> dict[str, float]:
     """Percentiles in ms; 0 where there is nothing."""
     if not len(seconds):
         return {"mean": 0.0, **{f"p{p}": 0.0 for p in PERCENTILES}, "max": 0.0}

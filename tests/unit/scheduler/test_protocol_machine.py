@@ -8,6 +8,7 @@ supervisor (which starts a new worker); engine and worker are the real ones.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -22,7 +23,13 @@ from quire_scheduler.outputs import Outputs
 
 MAX_LIVE = 8
 HEAL_TURNS = 4000
-OPTIONS = dict(num_blocks=40, block_size=4, max_slots=6, max_model_len=64, num_host_blocks=0)
+OPTIONS = {
+    "num_blocks": 40,
+    "block_size": 4,
+    "max_slots": 6,
+    "max_model_len": 64,
+    "num_host_blocks": 0,
+}
 
 
 class Wire:
@@ -160,7 +167,7 @@ class Protocol(RuleBasedStateMachine):
         one.done = "cancelled"
         self.engine.turn(0)  # from here on nothing of it is delivered
 
-    @rule(down=st.integers(0, 4), up=st.integers(0, 4))
+    @rule(down=st.integers(0, 4), up=st.integers(0, 2))
     def frames_flow(self, down: int, up: int) -> None:
         """So many frames arrive on either side; the engine turns once."""
         self.now += 0.003
@@ -181,21 +188,37 @@ class Protocol(RuleBasedStateMachine):
         self.engine.turn(0)
 
     # -- faults -----------------------------------------------------------------------------
-    @precondition(lambda self: self.wire.down or self.wire.up)
-    @rule(data=st.data(), fault=st.sampled_from(["lost", "repeated", "late", "garbled"]))
-    def a_frame_goes_wrong(self, data: st.DataObject, fault: str) -> None:
-        name = data.draw(st.sampled_from([n for n in ("down", "up") if getattr(self.wire, n)]))
-        frames = getattr(self.wire, name)
-        i = data.draw(st.integers(0, len(frames) - 1))
-        frame = frames[i]
+    @precondition(lambda self: self.live)
+    @rule(
+        answers=st.booleans(),
+        fault=st.sampled_from(["lost", "repeated", "late", "garbled"]),
+        which=st.integers(0, 3),
+        later=st.integers(1, 3),
+        flows=st.booleans(),
+    )
+    def a_frame_goes_wrong(
+        self, answers: bool, fault: str, which: int, later: int, flows: bool
+    ) -> None:
+        """A plan or an answer; what is behind it may arrive at once."""
+        self.frames_flow(0, 100)
+        if answers:
+            while self.wire.down:
+                self.worker.on_frame(self.wire.down.pop(0))
+        frames: list[Any] = self.wire.up if answers else self.wire.down
+        if not frames:
+            return
+        i = which % len(frames)
         if fault == "lost":
             del frames[i]
         elif fault == "repeated":
-            frames.insert(data.draw(st.integers(i, len(frames))), frame)
+            frames.insert(i + later, frames[i])
         elif fault == "late":
-            frames.append(frames.pop(i))
-        elif name == "up":  # the engine is to shrug at bytes that are no frame
-            frames.insert(i, (frame[0], b"\xff" + frame[1][: len(frame[1]) // 2]))
+            frames.insert(i + later, frames.pop(i))
+        elif answers:  # the engine is to shrug at bytes that are no frame
+            peer, frame = frames[i]
+            frames.insert(i, (peer, b"\xff" + frame[: len(frame) // 2]))
+        if flows:
+            self.frames_flow(100, 100)
 
     @rule(blip=st.booleans())
     def the_worker_says_hello_again(self, blip: bool) -> None:
@@ -271,8 +294,8 @@ class Protocol(RuleBasedStateMachine):
 
 TestProtocol = Protocol.TestCase
 TestProtocol.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=120,
+    stateful_step_count=50,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -27,7 +27,13 @@ def i32(*values: int) -> bytes:
 
 
 def made(**fields) -> SimulatedWorker:
-    sizes = dict(block_size=BLOCK, num_blocks=16, max_slots=4, max_model_len=32, vocab_size=101)
+    sizes = {
+        "block_size": BLOCK,
+        "num_blocks": 16,
+        "max_slots": 4,
+        "max_model_len": 32,
+        "vocab_size": 101,
+    }
     return SimulatedWorker(LatencyTable.constant(1500.0, **{**sizes, **fields}))
 
 
@@ -194,7 +200,7 @@ def test_the_host_tier_keeps_content_and_names():
     plans = started(worker)
     name = b"n" * 16
     plans.run(named_block_ids=i32(1), block_names=name)
-    order = dict(block_names=name, fence_seq=0)
+    order = {"block_names": name, "fence_seq": 0}
     out = pb.KvOp(op_id=1, kind=pb.KV_OP_KIND_OFFLOAD, src_block_ids=i32(1), dst_block_ids=i32(3),
                   **order)  # fmt: skip
     result = plans.run(retired_slots=i32(0), kv_ops=[out])
