@@ -35,9 +35,10 @@ import aiohttp
 import numpy as np
 
 from quire.config import resolve
-from quire.latency_table import LatencyTable
+from quire.latency_table import SPREADS, LatencyTable, spread
 from quire.simulation import recorded
 from quire.simulation.generate import Vocabulary, generate
+from quire.simulation.ledger import percentiles
 from quire.simulation.run import simulate
 from quire.simulation.trace import Arrival
 from quire_worker.simulated.tokens import oracle
@@ -129,12 +130,10 @@ async def replay(url: str, model: str, arrivals: Sequence[Arrival]) -> list[Seen
 
 def measured(seen: Sequence[Seen]) -> dict[str, dict[str, float]]:
     """Percentiles in ms, as the simulation reports them."""
-    from quire.simulation.ledger import spread
-
     ttft = np.array([s.pieces[0] - s.sent for s in seen if s.pieces])
     gaps = np.concatenate([np.diff(s.pieces) for s in seen])
     whole = np.array([s.pieces[-1] - s.sent for s in seen if s.pieces])
-    return {"ttft_ms": spread(ttft), "itl_ms": spread(gaps), "e2e_ms": spread(whole)}
+    return {"ttft_ms": percentiles(ttft), "itl_ms": percentiles(gaps), "e2e_ms": percentiles(whole)}
 
 
 # -- the table ----------------------------------------------------------------------------------
@@ -179,11 +178,10 @@ def calibrated(journal: str, seen: Sequence[Seen], arrivals: Sequence[Arrival]) 
         raise RuntimeError("the calibration trace left no request alone: lower its rate")
     row_us, first_us = np.polyfit(places, np.array(delays) * 1e6, 1) if any(places) else (0, 0)
     row_us = max(float(row_us), 0.0)
-    first_us = float(np.median(np.array(delays) * 1e6 - row_us * np.array(places)))
     return dataclasses.replace(
         table,
-        submit_micros=max(int(statistics.median(submits) * 1e6), 0),
-        deliver_micros=max(int(first_us), 0),
+        submit_micros=spread([1e6 * s for s in submits]),
+        deliver_micros=spread([1e6 * d - row_us * p for d, p in zip(delays, places, strict=True)]),
         deliver_row_micros=int(row_us),
     ).check()
 
@@ -214,9 +212,9 @@ def compare(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
             seen = asyncio.run(replay(url, args.model, calls))
         table = calibrated(str(first), seen, calls)
         print(
-            f"table: {len(table.points)} steps; round trip {table.round_trip_micros} us, overhead "
-            f"{table.step_overhead_micros} us a step; to the scheduler {table.submit_micros} us, "
-            f"to the client {table.deliver_micros} us + {table.deliver_row_micros} us a row"
+            f"table: {len(table.points)} steps; medians in us:",
+            *(f"{name} {statistics.median(getattr(table, name)):.0f}" for name in SPREADS),
+            f"deliver_row_micros {table.deliver_row_micros}",
         )
         if args.table:
             args.table.write_text(table.to_json())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from quire.errors import ConfigError
 MAX_FILE_BYTES = 256 << 20
 MAX_POINTS = 200_000
 MAX_MICROS = 3_600_000_000  # an hour
+MAX_SPREAD = 1024  # values of a time that varies
+Spread = tuple[int, ...]
+SPREADS = ("step_overhead_micros", "round_trip_micros", "submit_micros", "deliver_micros")
 _POINT = ("num_tokens", "num_context_tokens", "num_attended_tokens", "num_sampled", "micros")
 
 
@@ -50,12 +53,12 @@ class LatencyTable:
     # its times
     points: tuple[tuple[float, ...], ...] = ()  # as _POINT has them
     copy_micros: int = _size(20, 0, MAX_MICROS)  # one block to or from the host tier
-    step_overhead_micros: int = _size(0, 0, MAX_MICROS)  # between two steps that follow closely
-    round_trip_micros: int = _size(0, 0, MAX_MICROS)  # plan sent -> result there, without the step
-    # the way to a client and back
-    submit_micros: int = _size(0, 0, MAX_MICROS)  # client -> scheduler, tokenising included
-    deliver_micros: int = _size(0, 0, MAX_MICROS)  # a step's first token: result -> client
-    deliver_row_micros: int = _size(0, 0, MAX_MICROS)  # each further token of the same step
+    deliver_row_micros: int = _size(0, 0, MAX_MICROS)  # each further token of a step, to its client
+    # Times that vary: values, each as likely as another; one value is a constant.
+    step_overhead_micros: Spread = (0,)  # between two steps that follow closely
+    round_trip_micros: Spread = (0,)  # plan sent -> result there, without the step
+    submit_micros: Spread = (0,)  # client -> scheduler, tokenising included
+    deliver_micros: Spread = (0,)  # a step's first token: result -> client
 
     @classmethod
     def constant(cls, micros: float, **sizes: Any) -> LatencyTable:
@@ -98,6 +101,8 @@ class LatencyTable:
                         f"latency table: {f.name} must be an integer between {low} and {high}, "
                         f"not {value!r}."
                     )
+            elif f.name in SPREADS:
+                _check_spread(f.name, value)
             elif f.name != "points" and not (isinstance(value, str) and len(value) <= 1024):
                 raise ConfigError(f"latency table: {f.name} must be a short text, not {value!r}.")
         try:
@@ -160,7 +165,31 @@ def from_json(tree: Any) -> LatencyTable:
     if len(rows) > MAX_POINTS:
         raise ConfigError(f"latency table: {len(rows)} points; expected 1 to {MAX_POINTS}.")
     points = tuple(_point(i, row) for i, row in enumerate(rows))
-    return LatencyTable(**{**tree, "points": points}).check()
+    spreads = {name: tuple(_listed(tree[name])) for name in SPREADS if name in tree}
+    return LatencyTable(**{**tree, **spreads, "points": points}).check()
+
+
+def spread(micros: Sequence[float]) -> Spread:
+    """Measured times as a few values, each as likely as another: their quantiles, 0 at least."""
+    if not len(micros):
+        return (0,)
+    count = min(len(micros), 201)
+    at = sorted(micros)
+    picked = [at[min((2 * i + 1) * len(at) // (2 * count), len(at) - 1)] for i in range(count)]
+    return tuple(min(max(int(value), 0), MAX_MICROS) for value in picked)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_spread(name: str, values: Spread) -> None:
+    right = 1 <= len(values) <= MAX_SPREAD
+    if not right or any(type(v) is not int or not 0 <= v <= MAX_MICROS for v in values):
+        raise ConfigError(
+            f"latency table: {name} must be an integer between 0 and {MAX_MICROS}, or a list of 1 "
+            f"to {MAX_SPREAD} such, not {str(values)[:80]}."
+        )
 
 
 def _point(index: int, row: Any) -> tuple[float, ...]:

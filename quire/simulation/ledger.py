@@ -55,7 +55,7 @@ class Ledger:
 
     def deliver(self, group: Group, outputs: Outputs, now: float) -> None:
         """Rows leave the scheduler; each reaches its client a little after the one before."""
-        at = now + self.table.deliver_micros * 1e-6
+        at = now + group.worker.steps.times.pick(self.table.deliver_micros)
         each = self.table.deliver_row_micros * 1e-6
         counts = outputs.num_tokens.tolist()
         reasons = outputs.finish_reasons.tolist()
@@ -63,6 +63,7 @@ class Ledger:
         for row, number in enumerate(outputs.handles.tolist()):
             seen = self.seen[number]
             if counts[row]:
+                at = max(at, seen.last)  # a stream keeps its order
                 if seen.num_tokens:
                     self.gaps.append(at - seen.last)
                 else:
@@ -104,9 +105,9 @@ class Ledger:
             "unfinished": sum(1 for s in self.seen if not s.reason),
             "groups": len(groups),
             "virtual_s": round(seconds, 6),
-            "ttft_ms": spread(ttft),
-            "itl_ms": spread(np.frombuffer(self.gaps, float)),
-            "e2e_ms": spread(whole),
+            "ttft_ms": percentiles(ttft),
+            "itl_ms": percentiles(np.frombuffer(self.gaps, float)),
+            "e2e_ms": percentiles(whole),
             "prompt_tokens_per_s": round(prompts / seconds, 3) if seconds else 0.0,
             "output_tokens_per_s": round(outputs / seconds, 3) if seconds else 0.0,
             "prompt_tokens": prompts,
@@ -121,7 +122,7 @@ class Ledger:
         }
 
 
-def spread(seconds: Any) -> dict[str, float]:
+def percentiles(seconds: Any) -> dict[str, float]:
     """Percentiles in ms; 0 where there is nothing."""
     if not len(seconds):
         return {"mean": 0.0, **{f"p{p}": 0.0 for p in PERCENTILES}, "max": 0.0}

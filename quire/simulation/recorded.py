@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ConfigError
-from quire.latency_table import MAX_MICROS, MAX_POINTS, LatencyTable
+from quire.latency_table import MAX_MICROS, MAX_POINTS, LatencyTable, spread
 from quire.simulation.trace import Arrival
 from quire.v1 import step_pb2
 
 KEPT_POINTS = 20_000  # of a long journal, spread evenly over it
-CLOSE_US = 1000  # a step that waited this long behind another followed it closely
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,6 @@ class Step:
     size: tuple[int, int, int, int]  # tokens, context, attended, sampled
     sent: float
     answered: float
-    queued: float  # at the worker, behind another step
     took: float
 
 
@@ -99,7 +97,7 @@ def steps(found: Iterable[Frame]) -> Iterator[Step]:
             t = result.timings
             took = t.prepare_micros + t.forward_micros + t.sample_micros
             if 0 < took <= MAX_MICROS:
-                yield Step(known[1], known[0], frame.at_ns / 1e3, t.queue_micros, took)
+                yield Step(known[1], known[0], frame.at_ns / 1e3, took)
 
 
 def arrivals(path: str) -> list[Arrival]:
@@ -181,21 +179,20 @@ def from_journal(path: str) -> LatencyTable:
 
 
 def overheads(run: list[Step]) -> dict[str, Any]:
-    """What steps cost beside themselves, in whole microseconds: the wire there and back, and what
-    lies between two steps that follow closely."""
-    wire = [s.answered - s.sent - s.queued - s.took for s in run if s.queued < CLOSE_US]
-    between = [
-        b.answered - a.answered - b.took
-        for a, b in zip(run, run[1:], strict=False)
-        if b.queued >= CLOSE_US
-    ]
-    gap = _middle(between)
-    # the wire of a step that did not wait holds one step's overhead too
-    return {"step_overhead_micros": gap, "round_trip_micros": max(_middle(wire) - gap, 0)}
-
-
-def _middle(values: list[float]) -> int:
-    return max(int(np.median(values)), 0) if values else 0
+    """What steps cost beside themselves: the wire there and back of those that were sent alone, and
+    what lay before those that were sent while another ran."""
+    alone, behind = [], []
+    for a, b in zip(run, run[1:], strict=False):
+        if b.sent < a.answered:
+            behind.append(b.answered - a.answered - b.took)
+        else:
+            alone.append(b.answered - b.sent - b.took)
+    # the wire of a step that was alone holds one step's overhead too
+    usual = float(np.median(behind)) if behind else 0.0
+    return {
+        "step_overhead_micros": spread(behind),
+        "round_trip_micros": spread([wire - usual for wire in alone]),
+    }
 
 
 def _i32(column: bytes) -> NDArray[np.int32]:

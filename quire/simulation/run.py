@@ -93,7 +93,8 @@ class _Feed:
         seen = Seen(arrival, group, world.now)
         self.ledger.seen.append(seen)
         self.router.load[group] += seen.load
-        there = world.now + self.ledger.table.submit_micros * 1e-6
+        times = self.router.groups[group].worker.steps.times
+        there = world.now + times.pick(self.ledger.table.submit_micros)
         world.at(there, lambda: self.router.groups[group].submit(number, arrival))
         self.number += 1
         self.next()

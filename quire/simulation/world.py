@@ -92,6 +92,7 @@ class Group:
         self.peak_blocks = 0
         self._busy_until = 0.0
         self._ended = 0.0
+        self._arrives = 0.0  # when the last answer does
         self._due = float("inf")  # when the timer that counts goes off
         hello = step_pb2.WorkerFrame(hello=self.worker.hello())
         self.link.inbox.append((PEER, hello.SerializeToString()))
@@ -104,18 +105,20 @@ class Group:
         message = step_pb2.SchedulerFrame.FromString(frame)
         if message.WhichOneof("message") != "plan":
             return
-        wire = self.table.round_trip_micros * 0.5e-6
+        times = self.worker.steps.times
+        wire = 0.5 * times.pick(self.table.round_trip_micros)
         result, seconds = self.worker.step(message.plan)
         there = self.world.now + wire
         begin = max(there, self._busy_until)
         idle = begin - self._ended
         self._ended = self._busy_until = begin + seconds
-        self._busy_until += self.table.step_overhead_micros * 1e-6
+        self._busy_until += times.pick(self.table.step_overhead_micros)
         if result.status == step_pb2.STEP_STATUS_OK:
             result.timings.queue_micros = round((begin - there) * 1e6)
             result.timings.idle_micros = min(round(idle * 1e6), 1 << 31)
         answer = step_pb2.WorkerFrame(result=result).SerializeToString()
-        self.world.at(self._busy_until + wire, lambda: self._answered(answer))
+        self._arrives = max(self._busy_until + wire, self._arrives)  # frames keep their order
+        self.world.at(self._arrives, lambda: self._answered(answer))
 
     def _answered(self, frame: bytes) -> None:
         self.link.inbox.append((PEER, frame))

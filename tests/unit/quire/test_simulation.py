@@ -57,8 +57,8 @@ def test_a_lone_requests_time_is_its_steps():
 
 def test_the_way_to_the_client_is_counted():
     table = replace(
-        TABLE, submit_micros=3000, deliver_micros=2000, round_trip_micros=1000,
-        step_overhead_micros=500,
+        TABLE, submit_micros=(3000,), deliver_micros=(2000,), round_trip_micros=(1000,),
+        step_overhead_micros=(500,),
     )  # fmt: skip
     report = simulate(arrivals(1, 0.0), table, CONFIG).report
     assert report["ttft_ms"]["max"] == pytest.approx(STEP_MS + 3 + 2 + 1 + 0.5, abs=1e-3)

@@ -36,6 +36,8 @@ def test_a_table_survives_its_file(tmp_path):
         ({"num_blocks": 1 << 40}, "num_blocks"),
         ({"num_blocks": True}, "num_blocks"),
         ({"max_slots": "8"}, "max_slots"),
+        ({"submit_micros": [1, -2]}, "submit_micros"),
+        ({"deliver_micros": []}, "deliver_micros"),
         ({"colour": 1}, "unknown field 'colour'"),
         ({"model_digest": "xyz"}, "hexadecimal"),
         ({"vocab_size": 100, "eos_token_id": 100}, "eos_token_id"),
@@ -46,6 +48,13 @@ def test_a_wrong_table_names_field_and_value(change, match, tmp_path):
     path.write_text(json.dumps({"points": [{"num_tokens": 1, "micros": 5}], **change}))
     with pytest.raises(ConfigError, match=match):
         latency_table.read(str(path))
+
+
+def test_times_that_vary_keep_their_quantiles():
+    assert latency_table.spread([]) == (0,) and latency_table.spread([7.9]) == (7,)
+    values = latency_table.spread([float(v) for v in range(10_000)])
+    assert len(values) == 201 and values == tuple(sorted(values))
+    assert abs(values[100] - 5000) < 60 and values[-1] > 9900
 
 
 def test_no_table_at_all(tmp_path):

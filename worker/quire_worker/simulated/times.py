@@ -33,6 +33,12 @@ class StepTimes:
             self._places = _place(table[:, :4])  # [num_points, 4]
             self._factors = table[:, 4] / np.maximum(fitted, 1e-3)
 
+    def pick(self, micros: Sequence[int]) -> float:
+        """Seconds: one of the values, each as likely as another."""
+        if len(micros) == 1:
+            return micros[0] * 1e-6
+        return micros[int(self._rng.integers(len(micros)))] * 1e-6
+
     def mean(self, size: StepSize) -> float:
         """Seconds that such a step usually takes."""
         return self._only * 1e-6 if self._only else self._model.predict(size)

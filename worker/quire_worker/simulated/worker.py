@@ -122,7 +122,7 @@ class SimulatedWorker:
         ran = self.num_steps
         result, seconds = self.step(plan)
         if self.num_steps > ran:
-            seconds += self.table.step_overhead_micros * 1e-6
+            seconds += self.steps.times.pick(self.table.step_overhead_micros)
             self._never.wait(max(seconds - (time.monotonic_ns() - begin) * 1e-9, 0.0))
             result.timings.queue_micros = min(max(queue, 0) // 1000, _U32)
             result.timings.idle_micros = min(max(begin - self._ended_ns, 0) // 1000, _U32)
