@@ -93,7 +93,8 @@ class StepCostModel:
             return
         fitted = self._fitted(size)
         if fitted > 0:
-            micros = int(fitted * self._correct(size.num_tokens.bit_length(), micros / fitted))
+            ratio = self._correct(size.num_tokens.bit_length(), micros / fitted)
+            micros = max(int(fitted * ratio), 1)
         key = tuple(n.bit_length() for n in size)
         point = np.array((*size, micros), float)
         mean = self._cells.get(key)

@@ -32,6 +32,7 @@ HELP = Option("--help", "this page; --help=all: every setting, with variables an
 VERSION = Option("--version", "print the version")
 CONFIG = Option("--config", "settings from a TOML file (flag > QUIRE_* > file)", "FILE")
 PRINT = Option("--print-config", "print each setting's value and where it came from")
+SIMULATE = Option("--simulate", "no model: step times from a latency table", "TABLE")
 _SETTINGS = (CONFIG, PRINT)
 
 
@@ -52,7 +53,11 @@ COMMANDS = (
         "serve",
         "start gateway, scheduler and worker, and keep them running",
         "quire.cli.serve:run",
-        (Option("--dry-run", "check everything, print the plan, start nothing"), *_SETTINGS),
+        (
+            Option("--dry-run", "check everything, print the plan, start nothing"),
+            SIMULATE,
+            *_SETTINGS,
+        ),
         ("MODEL",),
     ),
     Command(
@@ -101,7 +106,30 @@ COMMANDS = (
         "worker",
         "only a worker (one per device)",
         "quire.cli.services:worker",
-        (Option("--rank", "which worker this is", "N", "0"), *_SETTINGS),
+        (
+            Option("--rank", "which worker this is", "N", "0"),
+            SIMULATE,
+            Option("--count", "simulated ranks in this process", "N", "1"),
+            *_SETTINGS,
+        ),
+    ),
+    Command(
+        "simulate",
+        "what a configuration would do with a trace, without a model",
+        "quire.cli.simulate:run",
+        (
+            Option("--trace", "requests to simulate: JSON lines, or a journal", "FILE"),
+            Option("--generate", "made-up requests, as chat:rate=5,requests=1000", "SPEC"),
+            Option("--table", "step times: a latency table, or a journal", "FILE"),
+            Option("--workers", "worker groups, each with a scheduler", "N", "1"),
+            Option("--route", "which group gets a request: by load or by prefix", "HOW", "load"),
+            Option("--seed", "of what is made up and drawn", "N", "0"),
+            Option("--max-time", "stop after so many virtual seconds; 0 = at the end", "S", "0"),
+            Option("--json", "print the report as JSON"),
+            Option("--calibrate", "only write the table: of --table JOURNAL, or a worker", "OUT"),
+            Option("--write-trace", "only write the requests as JSON lines", "OUT"),
+            *_SETTINGS,
+        ),
     ),
     Command(
         "replay",

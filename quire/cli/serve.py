@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from quire import latency_table
 from quire.cli import machine, plan, supervisor
 from quire.cli.options import Line
 from quire.cli.say import Say
@@ -21,6 +22,9 @@ from quire.version import __version__
 def run(line: Line, resolved: Resolved) -> int:
     """Serve until a signal; the exit status. Raises StartupError before anything is started."""
     what = plan.make(resolved)
+    table = line.option("simulate")
+    if table:
+        latency_table.read(table).sized(what.config)  # says now what is wrong with it
     if line.option("dry_run"):
         print(what.table())
         return 0
@@ -47,14 +51,16 @@ def run(line: Line, resolved: Resolved) -> int:
         took = machine.process_age()
         say(f"Ready in {took:.1f} s: {address}  (model {name}, {what.where})", url=address)
 
-    return asyncio.run(_supervise(what, address, say, on_ready))
+    return asyncio.run(_supervise(what, table, address, say, on_ready))
 
 
-async def _supervise(what: plan.Plan, address: str, say: Say, on_ready: Callable[[], None]) -> int:
+async def _supervise(
+    what: plan.Plan, table: str, address: str, say: Say, on_ready: Callable[[], None]
+) -> int:
     parts = urlsplit(address)
     host, port = parts.hostname or "127.0.0.1", parts.port or what.config.port
     watcher = supervisor.Supervisor(
-        supervisor.services(what.config),
+        supervisor.services(what.config, table),
         supervisor.environment(what.config, os.environ),
         lambda: supervisor.until_ready(host, port, say),
         say,

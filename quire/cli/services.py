@@ -14,6 +14,7 @@ from quire.config import Resolved
 from quire.errors import ConfigError
 
 MAX_RANK = 1023
+MAX_COUNT = 256
 
 
 def gateway(line: Line, resolved: Resolved) -> int:
@@ -27,15 +28,27 @@ def scheduler(line: Line, resolved: Resolved) -> int:
 
 
 def worker(line: Line, resolved: Resolved) -> int:
-    """Compute until a signal; the exit status."""
+    """Compute, or simulate it, until a signal; the exit status."""
     rank = line.integer("rank", 0, MAX_RANK)
+    table = line.option("simulate")
+    count = line.integer("count", 1, MAX_COUNT)
+    if table:
+        run = _service("worker", "simulated.main")
+        return int(run(resolved.config, table, rank, count))
+    if count != 1:
+        raise ConfigError("--count goes with --simulate: a real worker is one process a device.")
     return int(_service("worker")(resolved.config, rank))
 
 
-def _service(name: str) -> Callable[..., Any]:
+def _service(name: str, module: str = "main") -> Callable[..., Any]:
     """The service's run(). Raises ConfigError when what it needs is not installed."""
+    return load(name, module).run  # type: ignore[no-any-return]
+
+
+def load(name: str, module: str) -> Any:
+    """A module of a service. Raises ConfigError when what it needs is not installed."""
     try:
-        return import_module(f"quire_{name}.main").run  # type: ignore[no-any-return]
+        return import_module(f"quire_{name}.{module}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("quire"):
             raise

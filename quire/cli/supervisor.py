@@ -42,14 +42,19 @@ class Service:
         return self.process is not None and self.process.returncode is None
 
 
-def services(config: EngineConfig) -> list[Service]:
-    """What serves `config`, in the order in which it is stopped."""
+def services(config: EngineConfig, table: str = "") -> list[Service]:
+    """What serves `config`, in the order in which it is stopped; with the path of a latency table
+    its workers are simulated."""
     run = [sys.executable, "-P", "-m", "quire.cli"]
     ranks = range(config.tensor_parallel_size)
+    simulate = ["--simulate", table] if table else []
     return [
         Service("gateway", [*run, "gateway"], grace_s=config.drain_timeout + GRACE_S),
         Service("scheduler", [*run, "scheduler"]),
-        *(Service(_rank_name(r, len(ranks)), [*run, "worker", "--rank", str(r)]) for r in ranks),
+        *(
+            Service(_rank_name(r, len(ranks)), [*run, "worker", "--rank", str(r), *simulate])
+            for r in ranks
+        ),
     ]
 
 

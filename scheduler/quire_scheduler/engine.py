@@ -281,6 +281,13 @@ class Engine:
         finally:
             self._close()
 
+    def next_due(self) -> float | None:
+        """Seconds until turn() has something to do though no frame comes; None: never. For who
+        turns the loop by a clock of its own."""
+        driver = self._driver
+        idle = not driver.busy and not self._intake.num_live and not self._inbox
+        return None if idle else driver.next_due(self._clock())
+
     def turn(self, timeout_s: float) -> None:
         """One pass: wait for frames, take what came in, send the plans that are due."""
         driver = self._driver

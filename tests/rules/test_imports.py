@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "quire_worker": {"quire", "quire_kernels"},
 }
 # modules of `quire` that run services, and so import them inside functions
-RUNNERS = ("quire.cli", "quire.llm", "quire.local", "quire.generation")
+RUNNERS = ("quire.cli", "quire.llm", "quire.local", "quire.generation", "quire.simulation")
 HEAVY = ("torch", "transformers", "triton", "safetensors")
 LIGHT = ("quire", "quire_gateway", "quire_scheduler")
 

@@ -25,11 +25,13 @@ _POLL_S = 0.2  # how often `stop` is looked at
 
 
 class Executor(Protocol):
-    """What the loop needs of quire_worker.worker.Worker."""
+    """What the loop needs of a worker, real or simulated."""
 
     def hello(self) -> pb.Hello: ...
 
-    def execute(self, plan: pb.StepPlan, received_ns: int | None = None) -> pb.StepResult: ...
+    def execute(
+        self, plan: pb.StepPlan, received_ns: int | None = None
+    ) -> pb.StepResult | pb.Ack: ...
 
     def heartbeat(self) -> pb.Heartbeat: ...
 
@@ -104,8 +106,12 @@ class _Loop:
         """False when the loop is to end."""
         kind = message.WhichOneof("message")
         if kind == "plan":
-            result = self.worker.execute(message.plan, arrived)
-            self.link.send(pb.WorkerFrame(result=result).SerializeToString())
+            answer = self.worker.execute(message.plan, arrived)
+            if isinstance(answer, pb.Ack):  # another rank gives the result
+                frame = pb.WorkerFrame(ack=answer)
+            else:
+                frame = pb.WorkerFrame(result=answer)
+            self.link.send(frame.SerializeToString())
             if self.worker.fatal:
                 raise RuntimeError(self.worker.fatal)
         elif kind == "welcome":

@@ -20,6 +20,7 @@ from quire.link import QueueLink
 from quire.v1 import common_pb2, step_pb2
 from quire_scheduler import journal as journals
 from quire_scheduler.segment import Direction, Segment, segments
+from quire_worker.simulated.memory import SimulatedMemory
 
 Results = dict[tuple[int, int], step_pb2.StepResult]
 
@@ -49,12 +50,22 @@ def run(folder: Path, *, options: Options | None = None, **config: object) -> Ri
     return rig
 
 
+class Rewritable(SimulatedMemory):
+    """A replay computes a cached prefix again into blocks that others read: with equal content."""
+
+    def _claim(self, blocks: np.ndarray) -> None:
+        self.holders[blocks] = 0
+        super()._claim(blocks)
+
+
 def replay(folder: Path, options: Options) -> tuple[Results, Results]:
     """(recorded, replayed) results of all segments, each with a worker that holds nothing."""
     recorded: Results = {}
     replayed: Results = {}
     for path in segments(folder):
         worker = FakeWorker(QueueLink().worker(), options)
+        memory = Rewritable(options.num_blocks, options.block_size, options.num_host_blocks)
+        worker.inner.steps.memory = memory
         playing = player.Player(worker.execute)
         playing.new_worker(options.block_size)
         for record in Segment(path):
