@@ -166,8 +166,8 @@ class EngineConfig:
     )
     enable_chunked_prefill: bool = opt(True, "scheduler", "spread a long prompt over steps")
     itl_target_ms: float = opt(
-        0.0, "scheduler", "milliseconds between a stream's tokens that prompts may not exceed; "
-        "0 = no target", low=0, high=60_000, common=True,
+        0.0, "scheduler", "pace that prompts leave to running streams, in ms a token; 0 = any",
+        low=0, high=60_000, common=True,
     )  # fmt: skip
     journal: str = opt("", "scheduler", "folder that every plan and result is recorded in")
     journal_privacy: str = opt(
@@ -205,7 +205,7 @@ class EngineConfig:
         0, "cache", "number of KV blocks; 0 = from the memory", low=0, high=1 << 30
     )
     host_cache_memory: int = opt(
-        0, "cache", "host memory for KV blocks that the device has no room for (8GiB); 0 = none",
+        0, "cache", "host memory for KV blocks the device has no room for (8GiB)",
         kind="size", low=0, high=1 << 46, common=True,
     )  # fmt: skip
     kv_name_key: str = opt("", "cache", "key in the names of KV blocks", secret=True)

@@ -18,7 +18,11 @@ ROW = "{:>8}  {:<7} {:<7} {:>7}  {:>9}  {:>7}  {:<32}  {}"
 
 def run(line: Line, resolved: Resolved) -> int:
     """Print a line for each block; the exit status."""
-    request = {"limit": line.integer("limit", 1, MAX_BLOCKS), "block_ids": block_ids(line)}
+    request = {
+        "limit": line.integer("limit", 1, MAX_BLOCKS),
+        "block_ids": block_ids(line),
+        "tier": line.option("tier"),
+    }
     for row in table(ask(resolved.config.engine_address, request)):
         print(row)
     return 0

@@ -97,6 +97,7 @@ COMMANDS = (
         (
             Option("--id", "these blocks; default: those most often found again", "A,B"),
             Option("--limit", "how many, when no --id is given", "N", "32"),
+            Option("--tier", "where: device or host", "TIER", "device"),
             *_SETTINGS,
         ),
     ),

@@ -302,12 +302,14 @@ class DrainResponse(_message.Message):
     def __init__(self, num_unfinished: _Optional[int] = ...) -> None: ...
 
 class DescribeBlocksRequest(_message.Message):
-    __slots__ = ("block_ids", "limit")
+    __slots__ = ("block_ids", "limit", "tier")
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     limit: int
-    def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., limit: _Optional[int] = ...) -> None: ...
+    tier: str
+    def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., limit: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class DescribeBlocksResponse(_message.Message):
     __slots__ = ("num_blocks", "num_used", "num_cached", "num_free", "block_size", "blocks")

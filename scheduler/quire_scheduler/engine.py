@@ -209,16 +209,18 @@ class Engine:
             worker_memory_bytes=sum(w.memory_bytes for w in workers),
         )
 
-    def describe_blocks(self, block_ids: Sequence[int], limit: int) -> list[BlockInfo]:
-        """These blocks; none given = up to `limit` of those most often found again. Waits for the
-        engine thread. Raises QuireError."""
+    def describe_blocks(
+        self, block_ids: Sequence[int], limit: int, tier: str = "device"
+    ) -> list[BlockInfo]:
+        """These blocks of a tier; none given = up to `limit` of those most often found again. Waits
+        for the engine thread. Raises QuireError."""
 
         def look() -> list[BlockInfo]:
             state = self._driver.state
             if state is None:
                 raise QuireError("not_ready", "There are no blocks before a worker is there.")
             try:
-                return explain_blocks(state.kv, block_ids or most_hit(state.kv, limit))
+                return explain_blocks(state.kv, block_ids or most_hit(state.kv, limit, tier), tier)
             except IndexError as error:
                 raise InvalidRequest(f"{error}.", "block_ids") from None
 

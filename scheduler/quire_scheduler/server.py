@@ -42,6 +42,7 @@ HEALTH_POLL_S = 0.1
 HELLO_TIMEOUT_S = 10.0
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_BLOCKS, FEW_BLOCKS = 256, 32  # in one description
+TIERS = ("device", "host")
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # or a second server on the port is accepted silently
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -237,8 +238,14 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         try:
             if len(request.block_ids) > MAX_BLOCKS or request.limit > MAX_BLOCKS:
                 raise InvalidRequest(f"At most {MAX_BLOCKS} blocks are described at once.")
+            tier = request.tier or "device"
+            if tier not in TIERS:
+                raise InvalidRequest(f"tier must be one of {', '.join(TIERS)}.", "tier")
             found = await asyncio.to_thread(
-                self._engine.describe_blocks, list(request.block_ids), request.limit or FEW_BLOCKS
+                self._engine.describe_blocks,
+                list(request.block_ids),
+                request.limit or FEW_BLOCKS,
+                tier,
             )
         except QuireError as error:
             await abort(context, error)

@@ -35,8 +35,14 @@ class BlockInfo:
     name: bytes | None  # 16 bytes; None while not hashed yet, or never published
 
 
-def explain_blocks(kv: KVManager, block_ids: Sequence[int]) -> list[BlockInfo]:
+def explain_blocks(
+    kv: KVManager, block_ids: Sequence[int], tier: str = "device"
+) -> list[BlockInfo]:
     """What is known of each of them, in one pass. IndexError if there is no such block."""
+    return _on_host(kv, block_ids) if tier == "host" else _on_device(kv, block_ids)
+
+
+def _on_device(kv: KVManager, block_ids: Sequence[int]) -> list[BlockInfo]:
     pool = kv.pool
     wanted = np.zeros(pool.num_blocks, np.bool_)
     for block_id in block_ids:
@@ -75,8 +81,10 @@ def explain_blocks(kv: KVManager, block_ids: Sequence[int]) -> list[BlockInfo]:
     return found
 
 
-def most_hit(kv: KVManager, count: int) -> list[int]:
-    """Blocks of the prefix tree by how often they were found again, most first."""
+def most_hit(kv: KVManager, count: int, tier: str = "device") -> list[int]:
+    """Blocks of a tier that hold a prefix, by how often they were found again, most first."""
+    if tier == "host":
+        return kv.host.most_hit(count) if kv.host is not None else []
     nodes = sorted(kv.tree.nodes(), key=lambda node: -node.hits)
     chain = (int(block_id) for node in nodes for block_id in node.ids)
     return list(islice(chain, count))
@@ -94,13 +102,16 @@ def _state(kv: KVManager, block_id: int) -> str:
     return "fenced" if holders == int(pool.fence_refs[block_id]) else "used"
 
 
-def explain_host(kv: KVManager, block_id: int) -> BlockInfo:
-    """The same for a block of the host tier, which no request holds."""
-    if kv.host is None:
-        raise IndexError(f"host block {block_id} does not exist: there is no host tier")
-    name, age, hits = kv.host.look(block_id)
-    state = "free" if name is None else "cached"
-    return BlockInfo(block_id, state, "host", (), 0, age, hits, name)
+def _on_host(kv: KVManager, block_ids: Sequence[int]) -> list[BlockInfo]:
+    """The same for blocks of the host tier, which no request holds."""
+    found = []
+    for block_id in block_ids:
+        if kv.host is None:
+            raise IndexError(f"host block {block_id} does not exist: there is no host tier")
+        name, age, hits = kv.host.look(block_id)
+        state = "free" if name is None else "cached"
+        found.append(BlockInfo(block_id, state, "host", (), 0, age, hits, name))
+    return found
 
 
 def check_books(kv: KVManager) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quire_scheduler.kv import eviction, moves
 from quire_scheduler.kv.blocks import BlockIds, BlockPool
-from quire_scheduler.kv.explain import BlockInfo, check_books, explain_blocks, explain_host
+from quire_scheduler.kv.explain import BlockInfo, check_books, explain_blocks
 from quire_scheduler.kv.handle import KVHandle, KVStats
 from quire_scheduler.kv.names import (
     NAME_BYTES,
@@ -340,9 +340,7 @@ class KVManager:
 
     def explain(self, block_id: int, tier: str = "device") -> BlockInfo:
         """Who has a block of a tier, since when. A search: for people, not for the loop."""
-        if tier == "device":
-            return explain_blocks(self, [block_id])[0]
-        return explain_host(self, block_id)
+        return explain_blocks(self, [block_id], tier)[0]
 
     def check(self) -> None:
         """Raises BlockAccountingError unless pool, tree, handles and index agree. When idle."""

@@ -220,6 +220,11 @@ class HostTier:
             return None, None, 0
         return name, self._clock() - float(self._since[block]), int(self._hits[block])
 
+    def most_hit(self, count: int) -> list[int]:
+        """Up to so many blocks that hold something, by how often they were loaded, most first."""
+        blocks = sorted(self._blocks.values(), key=lambda block: -int(self._hits[block]))
+        return blocks[:count]
+
     def check(self) -> None:
         """Raises BlockAccountingError unless every block is free or holds exactly one content."""
         both = [*self._stack[: self.num_free].tolist(), *self._blocks.values()]

@@ -53,6 +53,9 @@ def test_what_was_evicted_comes_back_from_the_host():
     assert stats.host_hit_tokens == 144 and stats.prefix_hit_tokens == 144
     assert stats.offloaded_blocks == rig.worker.num_copied["offload"] > 0
     assert stats.host_blocks_used == len(rig.worker.host_names)
+    best = rig.engine.describe_blocks([], 1, "host")[0]
+    assert (best.tier, best.state, best.hits > 0) == ("host", "cached", True)
+    assert rig.worker.host_names[best.block_id] == best.name
 
 
 def test_a_block_with_a_copy_on_the_host_is_not_copied_again():

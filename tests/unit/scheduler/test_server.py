@@ -448,7 +448,10 @@ async def test_blocks_can_be_asked_who_has_them():
         assert list(held.blocks[0].owners) == ["me"] and held.blocks[0].state == "used"
         assert held.blocks[1].state == "null" and not held.blocks[1].HasField("age_s")
         call.cancel()
-        for wrong in ({"block_ids": [512]}, {"block_ids": range(300)}, {"limit": 1000}):
+        for wrong in (
+            {"block_ids": [512]}, {"block_ids": range(300)}, {"limit": 1000}, {"tier": "disk"},
+            {"block_ids": [0], "tier": "host"},
+        ):  # fmt: skip
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await describe(engine_pb2.DescribeBlocksRequest(**wrong))
             assert caught.value.code() == CODE.INVALID_ARGUMENT
