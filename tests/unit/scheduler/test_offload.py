@@ -14,6 +14,7 @@ from quire.step_cost import Point, StepCostModel, StepSize
 from quire.v1 import step_pb2
 from quire_scheduler.columns import Columns
 from quire_scheduler.kv import HostTier
+from quire_scheduler.kv.explain import most_hit
 from quire_scheduler.preemption import Victim, pick_victim, recompute_s
 
 COSTS = ((1, 1, 2000), (512, 512, 30_000), (1, 512, 2100))  # a token costs about 55 us
@@ -53,7 +54,8 @@ def test_what_was_evicted_comes_back_from_the_host():
     assert stats.host_hit_tokens == 144 and stats.prefix_hit_tokens == 144
     assert stats.offloaded_blocks == rig.worker.num_copied["offload"] > 0
     assert stats.host_blocks_used == len(rig.worker.host_names)
-    best = rig.engine.describe_blocks([], 1, "host")[0]
+    kv = rig.engine._driver.state.kv
+    best = kv.explain(most_hit(kv, 1, "host")[0], "host")
     assert (best.tier, best.state, best.hits > 0) == ("host", "cached", True)
     assert rig.worker.host_names[best.block_id] == best.name
 
