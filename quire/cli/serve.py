@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from quire.cli import machine, plan, supervisor
+from quire.cli import machine, plan, readiness, supervisor
 from quire.cli.options import Line
 from quire.cli.say import Say
 from quire.config import Resolved
@@ -56,7 +56,7 @@ async def _supervise(what: plan.Plan, address: str, say: Say, on_ready: Callable
     watcher = supervisor.Supervisor(
         supervisor.services(what.config),
         supervisor.environment(what.config, os.environ),
-        lambda: supervisor.until_ready(host, port, say),
+        lambda: readiness.until_ready(host, port, say),
         say,
     )
     return await watcher.run(on_ready)

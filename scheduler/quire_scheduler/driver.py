@@ -35,6 +35,7 @@ from quire_scheduler.state import State
 log = logging.getLogger("quire.scheduler")
 
 HEARTBEAT_S = 1.0
+PROBE_AGAIN_S = 0.05
 IDLE_S = 1.0
 MAX_BARREN_EPOCHS = 8  # without a finished step, before requests are blamed for it
 
@@ -71,6 +72,7 @@ class Driver:
         """A new request waits. One that has died elsewhere is a suspect."""
         assert self.state is not None
         if request.deaths:
+            request.blamed_at = request.num_tokens
             self.state.probation.add([request])
         else:
             self.state.waiting.push(request)
@@ -267,7 +269,9 @@ class Driver:
     def on_heartbeat(self, peer: bytes, beat: step_pb2.Heartbeat, now: float) -> None:
         worker = self.group.by_peer(peer)
         if worker is None:
-            self._counters.drop("unknown peer")  # it says Hello when it hears nothing
+            # One that was given up, perhaps because it stood still: it is to say Hello.
+            self._counters.drop("unknown peer")
+            self._send(peer, step_pb2.SchedulerFrame(heartbeat=step_pb2.Heartbeat(epoch=0)))
             return
         worker.last_heard = now
         worker.has_heartbeat = True
@@ -281,6 +285,8 @@ class Driver:
         worker = self.group.by_peer(peer)
         if worker is not None and not self._beat(worker):
             self._lose(worker, "closed its connection")
+        else:  # the event may be ahead of what a send sees
+            self._beat_at = min(self._beat_at, self._clock() + PROBE_AGAIN_S)
 
     # -- when something dies ----------------------------------------------------------------
     def watch(self, now: float) -> None:

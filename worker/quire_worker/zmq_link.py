@@ -15,17 +15,20 @@ import time
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from quire.liveness import INTERVAL_S, Pulse
+
 log = logging.getLogger("quire.worker")
 
 MAX_FRAME_BYTES = 256 << 20
-_RECONNECT_MS, _RECONNECT_MAX_MS = 20, 500
+_RECONNECT_MS, _RECONNECT_MAX_MS = 20, 100
 
 
 class ZmqLink:
     """Implements quire.link.WorkerLink. `send` may be called from any thread, `recv` from one."""
 
-    def __init__(self, address: str) -> None:
-        """address: 'host:port' or a full ZeroMQ endpoint of the scheduler."""
+    def __init__(self, address: str, pulse: Pulse | None = None) -> None:
+        """address: 'host:port' or a full ZeroMQ endpoint of the scheduler. The I/O thread beats
+        the pulse, since no step ever holds it up."""
         self.endpoint = address if "://" in address else f"tcp://{address}"
         self.received_ns = 0  # monotonic arrival time of the frame recv() gave last
         self.connected = False
@@ -33,6 +36,8 @@ class ZmqLink:
         self._inbox: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._closed = threading.Event()
+        self._broken = False  # the I/O thread ended without being told to
+        self._pulse = pulse or Pulse(None)
         self._send_lock = threading.Lock()
         inner = f"inproc://send-{id(self)}"
         self._frames_in = self._context.socket(zmq.PAIR)
@@ -68,12 +73,14 @@ class ZmqLink:
 
     def recv(self, timeout_s: float) -> bytes | None:
         """The next frame; None after timeout_s, when the link is closed, and, early, when the
-        connection came or went."""
+        connection came or went. Raises RuntimeError when the link broke for good."""
         try:
             item = self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get(False)
         except queue.Empty:
             return None
         if item is None:
+            if self._broken:
+                raise RuntimeError(f"the link to {self.endpoint} broke; see above")
             return None
         self.received_ns, frame = item
         return frame
@@ -95,14 +102,16 @@ class ZmqLink:
             poller.register(socket, zmq.POLLIN)
         try:
             while True:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(INTERVAL_S * 1e3))
+                self._pulse.beat()
                 if self._monitor in ready:
                     self._connection_event()
                 if self._socket in ready:
                     self._receive()
                 if self._frames_in in ready and not self._forward():
                     return
-        except zmq.ZMQError:
+        except Exception:
+            self._broken = True
             log.exception("the link to %s broke", self.endpoint)
         finally:
             self._inbox.put(None)
