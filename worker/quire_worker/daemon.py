@@ -75,9 +75,11 @@ def serve(
 def _beat(loop: _Loop, done: threading.Event, on_hung: Callable[[str], None] | None) -> None:
     """A heartbeat a second, from a thread of its own: a long step must not silence it."""
     link = loop.link
+    before = time.monotonic()
     while not done.wait(HEARTBEAT_S):
-        deadline = loop.deadline_ns
-        if on_hung is not None and deadline and time.monotonic_ns() > deadline + HUNG_S * 1e9:
+        now, deadline = time.monotonic(), loop.deadline_ns
+        stopped, before = now - before > 3 * HEARTBEAT_S, now  # the process itself stood still
+        if on_hung is not None and deadline and not stopped and now > deadline / 1e9 + HUNG_S:
             on_hung("a step has outlived its deadline")
         if getattr(link, "connected", True):
             try:

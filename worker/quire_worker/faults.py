@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,19 +45,27 @@ class Fault:
                 time.sleep(self.seconds)
 
 
-def from_environ(environ: Mapping[str, str]) -> Fault | None:
-    """The fault of `KIND:ID,ID,...` (slow=SECONDS as a kind). Raises ConfigError."""
-    text = environ.get(VARIABLE, "")
-    if not text:
-        return None
+def from_environ(environ: Mapping[str, str]) -> Callable[[SlotTable, np.ndarray], None] | None:
+    """The faults of `KIND:ID,ID,...;KIND:...` (slow=SECONDS as a kind) as one; None when there are
+    none. Raises ConfigError."""
+    faults = [_read(text) for text in environ.get(VARIABLE, "").split(";") if text]
+
+    def all_of_them(table: SlotTable, slots: np.ndarray) -> None:
+        for fault in faults:
+            fault(table, slots)
+
+    return all_of_them if faults else None
+
+
+def _read(text: str) -> Fault:
     head, _, ids = text.partition(":")
     kind, _, seconds = head.partition("=")
     try:
         tokens = np.array([int(i) for i in ids.split(",")], "<i4").tobytes()
         fault = Fault(kind, float(seconds or 0), tokens)
     except (ValueError, OverflowError):
-        fault = None
-    if fault is None or kind not in KINDS or not 0 <= fault.seconds <= MAX_SLOW_S:
+        fault = Fault("", 0.0, b"")
+    if fault.kind not in KINDS or not 0 <= fault.seconds <= MAX_SLOW_S:
         raise ConfigError(f"{VARIABLE} {text[:100]!r} is none of kill:IDS, fail:IDS, slow=S:IDS.")
     return fault
 
