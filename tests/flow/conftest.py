@@ -54,12 +54,13 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def chaos(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs benchmarks/chaos.py; its report, once every promise was kept."""
+    """Runs benchmarks/chaos.py; its report, once every promise was kept. Times have slack: what
+    they are on a quiet machine is the benchmark's to say."""
 
     def run(*words: str) -> dict[str, Any]:
         file = tmp_path / "report.json"
         command = [sys.executable, "-P", str(ROOT / "benchmarks" / "chaos.py"), *words]
-        with Process([*command, "--json", str(file)], clean_environ()) as process:
+        with Process([*command, "--slack", "10", "--json", str(file)], clean_environ()) as process:
             status = process.wait(180)
         assert status == 0, process.output
         found: dict[str, Any] = json.loads(file.read_text())

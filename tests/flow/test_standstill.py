@@ -16,8 +16,8 @@ def test_a_stopped_service_is_noticed_and_replaced(chaos: Chaos) -> None:
 
 def test_a_stopped_worker_that_wakes_is_taken_back_by_a_new_epoch(chaos: Chaos) -> None:
     found = chaos("freeze", "--apart", "--seconds", "5", "--services", "worker")
+    assert found["worker"]["restarts"] == 0
     assert "rank 0" in found["worker"]["health"]
-    assert found["worker"]["token_after_wake_s"] < 2
 
 
 def test_a_long_step_is_healthy(chaos: Chaos) -> None:
