@@ -57,11 +57,13 @@ def chaos(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs benchmarks/chaos.py; its report, once every promise was kept. Times have slack: what
     they are on a quiet machine is the benchmark's to say."""
 
-    def run(*words: str) -> dict[str, Any]:
+    def run(*words: str, slack: float = 10, timeout_s: float = 180) -> dict[str, Any]:
         file = tmp_path / "report.json"
         command = [sys.executable, "-P", str(ROOT / "benchmarks" / "chaos.py"), *words]
-        with Process([*command, "--slack", "10", "--json", str(file)], clean_environ()) as process:
-            status = process.wait(180)
+        with Process(
+            [*command, "--slack", str(slack), "--json", str(file)], clean_environ()
+        ) as process:
+            status = process.wait(timeout_s)
         assert status == 0, process.output
         found: dict[str, Any] = json.loads(file.read_text())
         return found

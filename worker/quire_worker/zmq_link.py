@@ -102,7 +102,7 @@ class ZmqLink:
             poller.register(socket, zmq.POLLIN)
         try:
             while True:
-                ready = dict(poller.poll(INTERVAL_S * 1e3))
+                ready = dict(poller.poll(int(INTERVAL_S * 1e3)))
                 self._pulse.beat()
                 if self._monitor in ready:
                     self._connection_event()
