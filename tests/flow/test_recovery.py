@@ -6,7 +6,10 @@ when every promise was kept.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +18,7 @@ import openai
 import pytest
 
 from flow.conftest import Server
-from flow.processes import children
+from flow.processes import children, until
 
 Chaos = Callable[..., dict[str, Any]]
 REQUEST = {
@@ -47,6 +50,29 @@ def test_a_stock_client_sees_a_pause_and_nothing_else(server: Server) -> None:
             if chunks == 20:
                 os.kill(pid_of(server, "worker"), signal.SIGKILL)
     assert (text, reason) == (whole.choices[0].text, "length")
+
+
+def test_a_killed_gateway_comes_back_and_what_it_had_asked_for_is_cancelled(server: Server) -> None:
+    """Its clients are cut off: nobody else holds their sockets. The engine must not work on."""
+    body = {**REQUEST, **REQUEST["extra_body"], "max_tokens": 1800, "stream": True}
+    del body["extra_body"]
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    assert connection.getresponse().readline()
+    os.kill(pid_of(server, "gateway"), signal.SIGKILL)
+    connection.close()
+    until(lambda: server.get("/ready")[0] == 200, 60, "the gateway is back")
+    until(lambda: held(server) == {"running": 0, "waiting": 0, "used": 0}, 2, "all is free")
+    status, answer = server.post("/v1/completions", {**body, "max_tokens": 4, "stream": False})
+    assert status == 200 and answer["usage"]["completion_tokens"] == 4
+
+
+def held(server: Server) -> dict[str, float]:
+    """Requests and blocks that the scheduler has at hand."""
+    pattern = r"^quire_(?:requests|kv_blocks)_(running|waiting|used)(?:\{[^}]*\})? (\S+)$"
+    return {name: float(n) for name, n in re.findall(pattern, server.get("/metrics")[1], re.M)}
 
 
 @pytest.mark.parametrize("service", ["worker", "scheduler", "both"])
