@@ -160,7 +160,8 @@ async def freeze(args: argparse.Namespace) -> Body:
                     await end()
                 fine = tally.clean and (name == "gateway" or noticed <= 3.0 * args.slack)
                 answer[name] = {
-                    **tally.report(), "noticed_s": round(noticed, 2), "health": words,
+                    **tally.report(), "noticed_s": round(noticed, 2) if words else None,
+                    "health": words,
                     "longest_pause_s": round(paused, 2), "token_after_wake_s": round(awake, 2),
                     "restarts": server.count("starting it again"),
                 }  # fmt: skip
