@@ -17,7 +17,6 @@ from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.link import SchedulerLink
 from quire.v1 import step_pb2
-from quire.wire import PROTOCOL_VERSION
 from quire_scheduler import health, results
 from quire_scheduler.admission import ModelInfo
 from quire_scheduler.columns import Columns
@@ -31,6 +30,7 @@ from quire_scheduler.request import Request
 from quire_scheduler.schedule import publish_outputs, schedule
 from quire_scheduler.shares import Limits
 from quire_scheduler.state import State
+from quire_scheduler.words import Words
 
 log = logging.getLogger("quire.scheduler")
 
@@ -61,6 +61,7 @@ class Driver:
         self.seq = 0
         self.ready = False  # plans may be sent
         self.trouble = ""  # the last loss, until a group is complete again
+        self._words = Words(link)
         self._link, self._clock, self._counters, self._journal = link, clock, counters, journal
         self._limits = Limits(2048, config.max_num_seqs, config.enable_chunked_prefill)
         self._memory: tuple[int, ...] = ()  # incarnation that the block books describe
@@ -189,12 +190,12 @@ class Driver:
         if reason:
             log.error("refused worker rank %d: %s", hello.rank, reason)
             self._counters.drop("refused")
-            self._send(peer, step_pb2.SchedulerFrame(refusal=step_pb2.Refusal(reason=reason)))
+            self._words.refuse(peer, reason)
             return False
         old = self.group.workers.get(hello.rank)
         same = old is not None and old.hello.worker_epoch == hello.worker_epoch
         if same and self.ready and old is not None and old.peer == peer and self.seq == 0:
-            self._welcome(peer)  # it said Hello twice before it was answered
+            self._words.welcome(peer, self.epoch)  # it said Hello twice before it was answered
             return False
         if old is not None and not same:
             self._counters.worker_losses += 1
@@ -271,7 +272,7 @@ class Driver:
         if worker is None:
             # One that was given up, perhaps because it stood still: it is to say Hello.
             self._counters.drop("unknown peer")
-            self._send(peer, step_pb2.SchedulerFrame(heartbeat=step_pb2.Heartbeat(epoch=0)))
+            self._words.ask_who(peer)
             return
         worker.last_heard = now
         worker.has_heartbeat = True
@@ -363,7 +364,7 @@ class Driver:
         self.ready = True
         self.trouble = ""
         for worker in list(group.workers.values()):
-            self._welcome(worker.peer)
+            self._words.welcome(worker.peer, self.epoch)
 
     def _open_memory(self) -> None:
         """The workers' memory is another than the books describe."""
@@ -387,14 +388,5 @@ class Driver:
             self._limits.max_num_batched_tokens, memory.num_adopted,
         )  # fmt: skip
 
-    # -- small things -----------------------------------------------------------------------
-    def _welcome(self, peer: bytes) -> None:
-        welcome = step_pb2.Welcome(epoch=self.epoch, protocol_version=PROTOCOL_VERSION)
-        self._send(peer, step_pb2.SchedulerFrame(welcome=welcome))
-
     def _beat(self, worker: Worker) -> bool:
-        beat = step_pb2.Heartbeat(epoch=self.epoch, last_seq=self.seq)
-        return self._send(worker.peer, step_pb2.SchedulerFrame(heartbeat=beat))
-
-    def _send(self, peer: bytes, message: step_pb2.SchedulerFrame) -> bool:
-        return self._link.send(peer, message.SerializeToString())
+        return self._words.beat(worker.peer, self.epoch, self.seq)
