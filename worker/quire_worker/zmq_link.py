@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from contextlib import suppress
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -21,6 +22,7 @@ log = logging.getLogger("quire.worker")
 
 MAX_FRAME_BYTES = 256 << 20
 _RECONNECT_MS, _RECONNECT_MAX_MS = 20, 100
+_STUCK_MS = 500  # a send waits for the I/O thread at most so long: it may have ended
 
 
 class ZmqLink:
@@ -45,6 +47,7 @@ class ZmqLink:
         self._frames_out = self._context.socket(zmq.PAIR)
         self._frames_out.connect(inner)
         self._frames_out.setsockopt(zmq.LINGER, 0)
+        self._frames_out.setsockopt(zmq.SNDTIMEO, _STUCK_MS)
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
             (zmq.LINGER, 200),
@@ -68,7 +71,7 @@ class ZmqLink:
         """Queue one frame. It is dropped when no scheduler is connected: whoever comes next
         gets a Hello first."""
         with self._send_lock:
-            if not self._closed.is_set():
+            if not self._closed.is_set() and not self._broken:
                 self._frames_out.send(frame)
 
     def recv(self, timeout_s: float) -> bytes | None:
@@ -91,7 +94,8 @@ class ZmqLink:
             if self._closed.is_set():
                 return
             self._closed.set()
-            self._frames_out.send(b"")
+            with suppress(zmq.Again):
+                self._frames_out.send(b"")
         self._thread.join(timeout=2)
         self._frames_out.close()
         self._context.term()
