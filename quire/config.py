@@ -537,4 +537,6 @@ def to_environ(config: EngineConfig) -> dict[str, str]:
 
 
 # QUIRE_ variables that are no settings: read elsewhere, each at one place.
-NOT_SETTINGS = {"QUIRE_CONFIG", "QUIRE_CACHE_DIR", "QUIRE_SUPERVISED"}
+NOT_SETTINGS = {
+    "QUIRE_CONFIG", "QUIRE_CACHE_DIR", "QUIRE_SUPERVISED", "QUIRE_PULSE_FD", "QUIRE_TEST_FAULT",
+}  # fmt: skip

@@ -26,11 +26,11 @@ from quire_gateway.room import Room
 
 log = logging.getLogger(__name__)
 
-FIRST_BACKOFF, LAST_BACKOFF = 0.05, 1.0  # s
+FIRST_BACKOFF, LAST_BACKOFF = 0.05, 0.2  # s; a refused connection on one machine costs little
 WELCOME_TIMEOUT = 5.0
 UNARY_TIMEOUT = 2.0
 PROBE_TIMEOUT = 0.8  # below the second that probes usually allow
-POLL_INTERVAL = 0.1
+POLL_INTERVAL = 0.05
 # A silent stream is normal (a long prefill), so pings find a dead peer; the server is told
 # not to count them as abuse by the same three settings on its side.
 CHANNEL_OPTIONS = [
@@ -41,7 +41,7 @@ CHANNEL_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 ]
@@ -201,6 +201,8 @@ class EngineClient:
             if model.ready:
                 break
             self.status = model.status or "the engine is loading"
+            # It is there and will be ready: what waits has not been abandoned.
+            self._lost_at = asyncio.get_running_loop().time()
             await asyncio.sleep(POLL_INTERVAL)
         old = self.model.model_digest if self.model else ""
         if old and model.model_digest and old != model.model_digest:
@@ -280,7 +282,7 @@ class EngineClient:
                 continue
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = rows.num_cached_tokens[k]
-            request.deaths = max(request.deaths, rows.deaths[k])
+            request.deaths = rows.deaths[k]
             finish = rows.finish_reasons[k]
             failed = finish in (
                 common_pb2.FINISH_REASON_ERROR, common_pb2.FINISH_REASON_ABORT

@@ -18,7 +18,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
-from quire import hub
+from quire import hub, liveness
 from quire import log as logs
 from quire.config import EngineConfig
 from quire.errors import QuireError, StartupError
@@ -61,6 +61,7 @@ def load_text(config: EngineConfig) -> TextModel:
 async def _serve(config: EngineConfig, sock: socket.socket) -> int:
     gateway = Gateway(config)
     stop = _signals()
+    pulse = asyncio.create_task(_beat(liveness.pulse()), name="pulse")
     runner = web.AppRunner(build(gateway), **RUNNER_OPTIONS)
     await runner.setup()
     try:
@@ -79,7 +80,15 @@ async def _serve(config: EngineConfig, sock: socket.socket) -> int:
         await _drain(gateway, config.drain_timeout, stop)
     finally:
         await runner.cleanup()
+        pulse.cancel()
     return 0
+
+
+async def _beat(pulse: liveness.Pulse) -> None:
+    """Show that the event loop turns."""
+    while True:
+        pulse.beat()
+        await asyncio.sleep(liveness.INTERVAL_S)
 
 
 def _in_daemon_thread(work: Callable[[], TextModel]) -> asyncio.Future[TextModel]:

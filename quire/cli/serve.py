@@ -12,7 +12,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from quire import latency_table
-from quire.cli import machine, plan, supervisor
+from quire.cli import machine, plan, readiness, supervisor
 from quire.cli.options import Line
 from quire.cli.say import Say
 from quire.config import Resolved
@@ -62,7 +62,7 @@ async def _supervise(
     watcher = supervisor.Supervisor(
         supervisor.services(what.config, table),
         supervisor.environment(what.config, os.environ),
-        lambda: supervisor.until_ready(host, port, say),
+        lambda: readiness.until_ready(host, port, say),
         say,
     )
     return await watcher.run(on_ready)

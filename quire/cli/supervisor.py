@@ -1,13 +1,14 @@
 """Start the services as child processes, keep them running, and end them in order.
 
-Knows how to start, watch and stop processes and one HTTP route (/ready); what the
-services do is theirs. Children die with this process, however it dies.
+Knows how to start, watch and stop processes; what the services do is theirs. A child that ends is
+started again, one whose pulse stops is killed first. Children die with this process, however it
+dies.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import math
 import os
 import signal
 import sys
@@ -17,25 +18,35 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire import liveness
 from quire.cli import child
 from quire.config import ENV_ALIASES, NOT_SETTINGS, EngineConfig, to_environ
 
 BACKOFF_S = (0.1, 5.0)  # first and longest wait before a restart
-STEADY_S = 10.0  # a child that ran this long starts at the first wait again
+STEADY_S = 1.0  # a child that served this long starts at the first wait again
 GRACE_S = 5.0  # from SIGTERM to SIGKILL, beside the time for draining
-POLL_S = 0.05
+WATCH_S = 0.05
+# Without a beat for so long a child stands still. Beats are INTERVAL_S apart, so that a standstill
+# is noticed within 3 s whenever it begins.
+STILL_S = 2.8
+# Killing a gateway ends its clients' streams, which killing another service does not.
+GATEWAY_STILL_S = 30.0
+STALL_S = 0.5  # the watch came so much too late: it stood still itself, nobody is blamed
 
 
-@dataclass
+@dataclass(eq=False)
 class Service:
-    """One supervised service. Mutable state: process and backoff_s, changed by its task alone."""
+    """One supervised service. Mutable state: all but the first four, changed on the loop only."""
 
     name: str
     command: list[str]
     grace_s: float = GRACE_S
+    still_s: float = STILL_S
     backoff_s: float = BACKOFF_S[0]
     process: asyncio.subprocess.Process | None = None
-    started: float = field(default=0.0)
+    served: float | None = None  # monotonic time of the first beat: it loads no more
+    heard: float = 0.0  # of the last one
+    ending: asyncio.Event = field(default_factory=asyncio.Event)  # not to be started again
 
     @property
     def running(self) -> bool:
@@ -49,7 +60,12 @@ def services(config: EngineConfig, table: str = "") -> list[Service]:
     ranks = range(config.tensor_parallel_size)
     simulate = ["--simulate", table] if table else []
     return [
-        Service("gateway", [*run, "gateway"], grace_s=config.drain_timeout + GRACE_S),
+        Service(
+            "gateway",
+            [*run, "gateway"],
+            grace_s=config.drain_timeout + GRACE_S,
+            still_s=GATEWAY_STILL_S,
+        ),
         Service("scheduler", [*run, "scheduler"]),
         *(
             Service(_rank_name(r, len(ranks)), [*run, "worker", "--rank", str(r), *simulate])
@@ -106,11 +122,12 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
             loop.add_signal_handler(signal.SIGHUP, self._on_signal)
-        watchers = [
-            asyncio.create_task(self._keep(s), name=f"watch {s.name}") for s in self._services
+        keepers = [
+            asyncio.create_task(self._keep(s), name=f"keep {s.name}") for s in self._services
         ]
         ready = asyncio.create_task(self._ready(), name="ready")
         stop = asyncio.create_task(self._stop.wait(), name="stop")
+        watch = asyncio.create_task(self._watch(), name="watch")
         try:
             waiting: set[asyncio.Future[Any]] = {ready, stop, self._failed}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -126,9 +143,9 @@ class Supervisor:
             self._stop.set()
             ready.cancel()
             await self._end_all()
-            for task in (*watchers, stop):
+            for task in (*keepers, stop, watch):
                 task.cancel()
-            await asyncio.gather(*watchers, ready, stop, return_exceptions=True)
+            await asyncio.gather(*keepers, ready, stop, watch, return_exceptions=True)
             self._kill_all()
 
     def _on_signal(self) -> None:
@@ -137,21 +154,13 @@ class Supervisor:
         if self._signals > 1:
             self._kill_all()
 
+    # -- one service ------------------------------------------------------------------------
     async def _keep(self, service: Service) -> None:
-        """Start one service, and again whenever it ends, until all stop."""
-        while not self._stop.is_set():
-            service.started = time.monotonic()
-            service.process = await asyncio.create_subprocess_exec(
-                *service.command,
-                env=self._environ,
-                stdin=asyncio.subprocess.DEVNULL,
-                # Ctrl-C goes to the terminal's whole group; the order of ending is ours.
-                process_group=0,
-            )
-            if self._stop.is_set():
-                service.process.kill()
-            status = await service.process.wait()
-            if self._stop.is_set():
+        """Start one service, and again whenever it ends, until its own end has come: while the
+        gateway drains, its streams need the others."""
+        while not service.ending.is_set():
+            status = await self._run(service)
+            if service.ending.is_set():
                 return
             if not self._is_ready:
                 if self._failed is not None and not self._failed.done():
@@ -159,9 +168,43 @@ class Supervisor:
                 return
             await self._pause(service, status)
 
+    async def _run(self, service: Service) -> int:
+        """One process from start to end, its pulse listened to; the status."""
+        loop = asyncio.get_running_loop()
+        mine, its = os.pipe()
+        os.set_blocking(mine, False)
+        service.served = None
+        loop.add_reader(mine, self._hear, service, mine)
+        try:
+            try:
+                service.process = await asyncio.create_subprocess_exec(
+                    *service.command,
+                    env={**self._environ, liveness.VARIABLE: str(its)},
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(its,),
+                    # Ctrl-C goes to the terminal's whole group; the order of ending is ours.
+                    process_group=0,
+                )
+            finally:
+                os.close(its)
+            if service.ending.is_set():
+                service.process.kill()
+            return await service.process.wait()
+        finally:
+            loop.remove_reader(mine)
+            os.close(mine)
+
+    def _hear(self, service: Service, pipe: int) -> None:
+        if not os.read(pipe, 4096):  # all ends are closed
+            asyncio.get_running_loop().remove_reader(pipe)
+            return
+        service.heard = time.monotonic()
+        if service.served is None:
+            service.served = service.heard
+
     async def _pause(self, service: Service, status: int) -> None:
-        """Wait before a restart: longer each time, unless the service had run a while."""
-        if time.monotonic() - service.started > STEADY_S:
+        """Wait before a restart: longer each time, unless the service had served a while."""
+        if service.served is not None and time.monotonic() - service.served > STEADY_S:
             service.backoff_s = BACKOFF_S[0]
         self._say(
             f"{service.name} {ended(status)}; starting it again in {service.backoff_s:g} s.",
@@ -169,8 +212,29 @@ class Supervisor:
             status=status,
         )
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), service.backoff_s)
+            await asyncio.wait_for(service.ending.wait(), service.backoff_s)
         service.backoff_s = min(service.backoff_s * 2, BACKOFF_S[1])
+
+    async def _watch(self) -> None:
+        """Kill what stands still. A child that has not beaten yet is loading, for as long as it
+        takes; one that is told to end has its grace."""
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = time.monotonic()
+            late, before = now - before - WATCH_S, now
+            for service in self._services:
+                if late > STALL_S:
+                    service.heard += late
+                if not service.running or service.served is None or service.ending.is_set():
+                    continue
+                if now - service.heard > service.still_s:
+                    self._say(
+                        f"{service.name} has stood still for {now - service.heard:.1f} s; killed.",
+                        child=service.name,
+                    )
+                    service.heard = math.inf  # said once
+                    self._signal(service, signal.SIGKILL)
 
     def _report(self, service: Service, status: int) -> int:
         """Tell why the start failed, where the child could not; the exit status."""
@@ -184,6 +248,7 @@ class Supervisor:
         )
         return 1
 
+    # -- the end ----------------------------------------------------------------------------
     async def _end_all(self) -> None:
         """SIGTERM one after the other, each with its time; SIGKILL what is left.
 
@@ -191,14 +256,18 @@ class Supervisor:
         """
         if not self._is_ready:
             for service in self._services:
-                self._signal(service, signal.SIGTERM)
+                self._end(service)
             grace = time.monotonic() + 2.0
             for service in self._services:
                 await self._gone(service, max(grace - time.monotonic(), 0.0))
             return
         for service in self._services:
-            self._signal(service, signal.SIGTERM)
+            self._end(service)
             await self._gone(service, service.grace_s)
+
+    def _end(self, service: Service) -> None:
+        service.ending.set()
+        self._signal(service, signal.SIGTERM)
 
     async def _gone(self, service: Service, timeout_s: float) -> None:
         if service.process is None or service.process.returncode is not None:
@@ -213,6 +282,7 @@ class Supervisor:
 
     def _kill_all(self) -> None:
         for service in self._services:
+            service.ending.set()
             self._signal(service, signal.SIGKILL)
 
     @staticmethod
@@ -230,51 +300,3 @@ def ended(status: int) -> str:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:
         return f"was killed by signal {-status}"
-
-
-async def until_ready(host: str, port: int, say: Callable[..., None]) -> None:
-    """Return when GET /ready answers 200; say what /health names as the reason until then."""
-    told = ""
-    begin = time.monotonic()
-    while True:
-        status, _ = await get(host, port, "/ready")
-        if status == 200:
-            return
-        if status:
-            _, body = await get(host, port, "/health")
-            now = _progress(body)
-            if now and now != told and time.monotonic() - begin > 1.0:
-                told = now
-                say(f"Waiting: {now} ({time.monotonic() - begin:.0f} s)")
-        await asyncio.sleep(POLL_S)
-
-
-def _progress(body: bytes) -> str:
-    """The reason in a /health body, in words; '' when there is none."""
-    try:
-        found = json.loads(body)
-    except ValueError:
-        return ""
-    if not isinstance(found, dict):
-        return ""
-    problem = found.get("problem")
-    return problem[:120] if isinstance(problem, str) else ""
-
-
-async def get(host: str, port: int, path: str) -> tuple[int, bytes]:
-    """Status and body of one small HTTP answer; (0, b'') when there is none in 2 s."""
-    try:
-        async with asyncio.timeout(2):
-            reader, writer = await asyncio.open_connection(host, port)
-            try:
-                head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-                writer.write(head.encode())
-                answer = await reader.read(1 << 16)
-                while chunk := await reader.read(1 << 16):
-                    answer += chunk
-            finally:
-                writer.close()
-        line, _, body = answer.partition(b"\r\n\r\n")
-        return int(line.split(None, 2)[1]), body
-    except (OSError, TimeoutError, ValueError, IndexError):
-        return 0, b""

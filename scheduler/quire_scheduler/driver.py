@@ -17,7 +17,6 @@ from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.link import SchedulerLink
 from quire.v1 import step_pb2
-from quire.wire import PROTOCOL_VERSION
 from quire_scheduler import health, results
 from quire_scheduler.admission import ModelInfo
 from quire_scheduler.columns import Columns
@@ -35,11 +34,13 @@ from quire_scheduler.schedule import preempt, publish_outputs, schedule
 from quire_scheduler.segment import Direction
 from quire_scheduler.shares import Limits
 from quire_scheduler.state import State
+from quire_scheduler.words import Words
 
 log = logging.getLogger("quire.scheduler")
 
 HEARTBEAT_S = 1.0
 COPY_SHARE = 0.1  # of --itl-target-ms, for copies between the tiers
+PROBE_AGAIN_S = 0.05
 IDLE_S = 1.0
 MAX_BARREN_EPOCHS = 8  # without a finished step, before requests are blamed for it
 
@@ -65,6 +66,7 @@ class Driver:
         self.seq = 0
         self.ready = False  # plans may be sent
         self.trouble = ""  # the last loss, until a group is complete again
+        self._words = Words(link)
         self._link, self._clock, self._counters, self._journal = link, clock, counters, journal
         self._limits = Limits(2048, config.max_num_seqs, config.enable_chunked_prefill)
         self._memory: tuple[int, ...] = ()  # incarnation that the block books describe
@@ -76,6 +78,7 @@ class Driver:
         """A new request waits. One that has died elsewhere is a suspect."""
         assert self.state is not None
         if request.deaths:
+            request.blamed_at = request.num_tokens
             self.state.probation.add([request])
         else:
             self.state.waiting.push(request)
@@ -209,12 +212,12 @@ class Driver:
         if reason:
             log.error("refused worker rank %d: %s", hello.rank, reason)
             self._counters.drop("refused")
-            self._send(peer, step_pb2.SchedulerFrame(refusal=step_pb2.Refusal(reason=reason)))
+            self._words.refuse(peer, reason)
             return False
         old = self.group.workers.get(hello.rank)
         same = old is not None and old.hello.worker_epoch == hello.worker_epoch
         if same and self.ready and old is not None and old.peer == peer and self.seq == 0:
-            self._welcome(peer)  # it said Hello twice before it was answered
+            self._words.welcome(peer, self.epoch)  # it said Hello twice before it was answered
             return False
         if old is not None and not same:
             self._counters.worker_losses += 1
@@ -291,7 +294,9 @@ class Driver:
     def on_heartbeat(self, peer: bytes, beat: step_pb2.Heartbeat, now: float) -> None:
         worker = self.group.by_peer(peer)
         if worker is None:
-            self._counters.drop("unknown peer")  # it says Hello when it hears nothing
+            # One that was given up, perhaps because it stood still: it is to say Hello.
+            self._counters.drop("unknown peer")
+            self._words.ask_who(peer)
             return
         worker.last_heard = now
         worker.has_heartbeat = True
@@ -305,6 +310,8 @@ class Driver:
         worker = self.group.by_peer(peer)
         if worker is not None and not self._beat(worker):
             self._lose(worker, "closed its connection")
+        else:  # the event may be ahead of what a send sees
+            self._beat_at = min(self._beat_at, self._clock() + PROBE_AGAIN_S)
 
     # -- when something dies ----------------------------------------------------------------
     def watch(self, now: float) -> None:
@@ -381,7 +388,7 @@ class Driver:
         self.ready = True
         self.trouble = ""
         for worker in list(group.workers.values()):
-            self._welcome(worker.peer)
+            self._words.welcome(worker.peer, self.epoch)
 
     def _open_memory(self) -> None:
         """The workers' memory is another than the books describe."""
@@ -406,14 +413,5 @@ class Driver:
             self._limits.max_num_batched_tokens, memory.num_adopted,
         )  # fmt: skip
 
-    # -- small things -----------------------------------------------------------------------
-    def _welcome(self, peer: bytes) -> None:
-        welcome = step_pb2.Welcome(epoch=self.epoch, protocol_version=PROTOCOL_VERSION)
-        self._send(peer, step_pb2.SchedulerFrame(welcome=welcome))
-
     def _beat(self, worker: Worker) -> bool:
-        beat = step_pb2.Heartbeat(epoch=self.epoch, last_seq=self.seq)
-        return self._send(worker.peer, step_pb2.SchedulerFrame(heartbeat=beat))
-
-    def _send(self, peer: bytes, message: step_pb2.SchedulerFrame) -> bool:
-        return self._link.send(peer, message.SerializeToString())
+        return self._words.beat(worker.peer, self.epoch, self.seq)

@@ -40,6 +40,7 @@ T = TypeVar("T")
 SWITCH_INTERVAL_S = 0.0002
 CHECK_AFTER_S = 1.0  # of idleness; the books are checked once after each spell of work
 TICK_S = 0.25  # how long the loop sleeps at most
+STILL_S = 2.0  # after which the health report says that the loop does not come round
 STALL_S = 1.0  # a turn that took longer stood still: no worker is blamed for silence
 
 
@@ -176,6 +177,8 @@ class Engine:
         kv = state.kv if state is not None else None
         host = kv.host if kv is not None else None
         problem = f"the engine stopped: {self.crashed!r}" if self.crashed else driver.problem(now)
+        if self.alive and self.still_s > STILL_S:
+            problem = f"the scheduler's engine has stood still for {self.still_s:.0f} s"
         workers = list(driver.group.workers.values())
         return Stats(
             num_running=state.num_running if state else 0,
@@ -234,6 +237,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def still_s(self) -> float:
+        """Seconds since the loop last came round."""
+        return self._clock() - self._last_turn
 
     def check(self) -> None:
         """Raise AssertionError or BlockAccountingError where the books do not balance."""

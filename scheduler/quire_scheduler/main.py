@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from quire import liveness
 from quire import log as quire_log
 from quire.config import EngineConfig
 from quire.errors import AddressInUse, StartupError
@@ -30,6 +31,7 @@ from quire_scheduler.zmq_link import ZmqLink
 log = logging.getLogger("quire.scheduler")
 
 POLL_S = 0.1
+LONG_TURN_S = 10.0  # an engine that does not finish a turn in this time stands still
 GRACE_S = 0.2  # for calls that are still open after the drain
 
 
@@ -90,6 +92,7 @@ async def _serve(config: EngineConfig) -> int:
     throughput = Throughput(engine)
     page = MetricsPage(engine, throughput)
     server = Server(engine, config, page)
+    pulse = asyncio.create_task(_beat(engine, liveness.pulse()), name="pulse")
     try:
         port = await server.start(config.engine_address)
         host = config.engine_address.rpartition(":")[0]
@@ -111,6 +114,7 @@ async def _serve(config: EngineConfig) -> int:
         await server.stop(GRACE_S)
     finally:
         await asyncio.to_thread(engine.stop)
+        pulse.cancel()
         page.close()
         tracer.shutdown()
     return 0 if engine.crashed is None else 1
@@ -126,6 +130,14 @@ async def _drain(engine: Engine, timeout: float, stop: asyncio.Event) -> None:
     again.cancel()
     if drained.done():
         log.info("drained, %d requests unfinished", drained.result())
+
+
+async def _beat(engine: Engine, pulse: liveness.Pulse) -> None:
+    """Show that this loop turns, and the engine's with it."""
+    while True:
+        if engine.still_s < LONG_TURN_S:
+            pulse.beat()
+        await asyncio.sleep(liveness.INTERVAL_S)
 
 
 async def _freeze_when_ready(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from quire_scheduler.request import Request
 from quire_scheduler.waiting import WaitingQueue
 
 MAX_DEATHS = 2  # of a request that was alone in the last failing step
+PROOF_TOKENS = 16  # that a request gets further by, and its deaths so far were not its doing
 
 
 class Probation:
@@ -51,7 +52,11 @@ class Probation:
     def blame(self, computing: Sequence[Request]) -> Request | None:
         """A step failed in which these requests were computing: each has one death more. Those
         of the current group that were not in the step form a group again. Returns the culprit,
-        when there was but one and it has died before."""
+        when there was but one and it has died before.
+
+        A request that kills does it again at the same place, since its tokens are the same. One
+        that got further in between was only there: its deaths count anew. So a long request
+        outlives any number of workers that died of something else."""
         blamed = set(computing)
         rest = [r for r in self._marks if r not in blamed and not r.finished]
         self._marks.clear()
@@ -60,7 +65,10 @@ class Probation:
         if rest:
             self._groups.appendleft(rest)
         for request in computing:
+            if request.num_tokens >= request.blamed_at + PROOF_TOKENS:
+                request.deaths = 0
             request.deaths += 1
+            request.blamed_at = request.num_tokens
         if len(computing) == 1 and computing[0].deaths >= MAX_DEATHS:
             return computing[0]
         half = (len(computing) + 1) // 2

@@ -64,7 +64,8 @@ class Request:
     tokens: I32  # [num_tokens] prompt and outputs, without a slot
     kind: int = common_pb2.REQUEST_KIND_GENERATE
     priority: int = 0
-    deaths: int = 0
+    deaths: int = 0  # since it last made progress, see Probation.blame
+    blamed_at: int = 0  # num_tokens at the last one
     grammar: common_pb2.Grammar | None = None
     span: Span = field(default_factory=lambda: Span(NO_CONTEXT))
     num_cached_tokens: int = -1  # prompt tokens hit at first admission; -1 = not admitted yet

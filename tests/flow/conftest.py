@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flow.processes import QUIRE, Process, addresses, clean_environ, get, post
+from flow.processes import QUIRE, ROOT, Process, addresses, clean_environ, get, post
+from flow.traces_left import Traces
 
 
 @dataclass
@@ -38,6 +41,34 @@ class Server:
     def get(self, path: str) -> tuple[int, str]:
         status, answer = get(self.port, path)
         return status, answer.decode()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """After each test: no process of its own, no listening socket, no shared memory."""
+    traces = Traces()
+    yield
+    left = traces.left(timeout_s=5)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture
+def chaos(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs benchmarks/chaos.py; its report, once every promise was kept. Times have slack: what
+    they are on a quiet machine is the benchmark's to say."""
+
+    def run(*words: str, slack: float = 10, timeout_s: float = 180) -> dict[str, Any]:
+        file = tmp_path / "report.json"
+        command = [sys.executable, "-P", str(ROOT / "benchmarks" / "chaos.py"), *words]
+        with Process(
+            [*command, "--slack", str(slack), "--json", str(file)], clean_environ()
+        ) as process:
+            status = process.wait(timeout_s)
+        assert status == 0, process.output
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+MARK = "FLOW_TEST_OF"  # in the environment of every process we start: our pid
+OPEN: list[Process] = []  # those inside their `with`
 QUIRE = [sys.executable, "-P", "-m", "quire.cli"]
 
 
@@ -40,7 +42,7 @@ def free_ports(count: int) -> list[int]:
 def clean_environ(**extra: str) -> dict[str, str]:
     """This process's environment without settings of ours, plus `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("QUIRE_", "LLM_ENGINE_"))}
-    return {**kept, "HF_HUB_OFFLINE": "1", **extra}
+    return {**kept, "HF_HUB_OFFLINE": "1", MARK: str(os.getpid()), **extra}
 
 
 def addresses() -> dict[str, str]:
@@ -77,9 +79,11 @@ class Process:
         self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        OPEN.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        OPEN.remove(self)
         family = [self.popen.pid, *descendants(self.popen.pid)]
         if self.popen.poll() is None:
             self.popen.terminate()

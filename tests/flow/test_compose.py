@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from flow.processes import ROOT, Process, clean_environ, free_ports, get, post
+from quire.config import EngineConfig
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -76,8 +77,24 @@ def test_what_a_service_waits_for_does_not_wait_for_it() -> None:
         reached(name)
     for service in SERVICES.values():
         for other, how in service.get("depends_on", {}).items():
-            assert how["condition"] == "service_healthy"
             assert "healthcheck" in SERVICES[other]
+            # a worker of one profile is absent in the other
+            of_a_profile = bool(SERVICES[other].get("profiles"))
+            assert how["condition"] == ("service_started" if of_a_profile else "service_healthy")
+            assert how.get("required", True) is not of_a_profile
+
+
+def test_services_are_started_again_and_watched() -> None:
+    for name in (*OURS, "worker-gpu"):
+        assert SERVICES[name]["restart"] == "unless-stopped"
+        assert SERVICES[name]["healthcheck"]["test"]
+
+
+def test_the_gateway_is_stopped_first_and_has_time_to_drain() -> None:
+    """Compose stops in the reverse order of depends_on."""
+    assert {"scheduler", "worker", "worker-gpu"} == set(SERVICES["gateway"]["depends_on"])
+    grace = float(SERVICES["gateway"]["stop_grace_period"].removesuffix("s"))
+    assert grace > EngineConfig().drain_timeout
 
 
 def test_profiles_and_their_default() -> None:
@@ -114,7 +131,6 @@ def test_prometheus_scrapes_what_the_services_offer() -> None:
 def test_the_three_services_become_healthy_and_answer(tmp_path: Path) -> None:
     local = Local()
     order = ["scheduler", "worker", "gateway"]  # what depends_on allows
-    assert set(SERVICES["gateway"]["depends_on"]) == {"scheduler"}
     with ExitStack() as stack:
         processes = {}
         for name in order:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
@@ -21,6 +22,7 @@ log = logging.getLogger("quire.worker")
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 3.0  # without a word from the scheduler before the worker introduces itself again
+HUNG_S = 10.0  # a step may outlive the scheduler's patience by this: its worker still comes back
 _POLL_S = 0.2  # how often `stop` is looked at
 
 
@@ -44,31 +46,46 @@ class Executor(Protocol):
     def highest_epoch(self) -> int: ...
 
 
-def serve(worker: Executor, link: WorkerLink, stop: threading.Event) -> None:
+def serve(
+    worker: Executor,
+    link: WorkerLink,
+    stop: threading.Event,
+    on_hung: Callable[[str], None] | None = None,
+) -> None:
     """Run plans until `stop` is set or the scheduler sends Shutdown.
+
+    `on_hung` is called from another thread, with the reason, when a step outlives the deadline of
+    its plan by HUNG_S.
 
     Raises StartupError when the scheduler refuses this worker, and RuntimeError when the device
     can't be used any more. Closes the link.
     """
     done = threading.Event()
+    loop = _Loop(worker, link)
     beat = threading.Thread(
-        target=_beat, args=(worker, link, done), name="quire-worker-heartbeat", daemon=True
+        target=_beat, args=(loop, done, on_hung), name="quire-worker-heartbeat", daemon=True
     )
     beat.start()
     try:
-        _Loop(worker, link).run(stop)
+        loop.run(stop)
     finally:
         done.set()
         beat.join(timeout=2)
         link.close()
 
 
-def _beat(worker: Executor, link: WorkerLink, done: threading.Event) -> None:
+def _beat(loop: _Loop, done: threading.Event, on_hung: Callable[[str], None] | None) -> None:
     """A heartbeat a second, from a thread of its own: a long step must not silence it."""
+    link = loop.link
+    before = time.monotonic()
     while not done.wait(HEARTBEAT_S):
+        now, deadline = time.monotonic(), loop.deadline_ns
+        stopped, before = now - before > 3 * HEARTBEAT_S, now  # the process itself stood still
+        if on_hung is not None and deadline and not stopped and now > deadline / 1e9 + HUNG_S:
+            on_hung("a step has outlived its deadline")
         if getattr(link, "connected", True):
             try:
-                link.send(pb.WorkerFrame(heartbeat=worker.heartbeat()).SerializeToString())
+                link.send(pb.WorkerFrame(heartbeat=loop.worker.heartbeat()).SerializeToString())
             except Exception:
                 log.exception("no heartbeat")
 
@@ -80,6 +97,7 @@ class _Loop:
         self.welcomed = False
         self.heard = time.monotonic()  # when the scheduler last said anything
         self.introduced = 0.0  # when the last Hello left
+        self.deadline_ns = 0  # of the plan in hand, monotonic; 0 = none
         self.generation = -1  # of the link's connection that has had its Hello
 
     def run(self, stop: threading.Event) -> None:
@@ -106,7 +124,10 @@ class _Loop:
         """False when the loop is to end."""
         kind = message.WhichOneof("message")
         if kind == "plan":
+            allowed = message.plan.deadline_ms
+            self.deadline_ns = arrived + allowed * 1_000_000 if allowed else 0
             answer = self.worker.execute(message.plan, arrived)
+            self.deadline_ns = 0
             if isinstance(answer, pb.Ack):  # another rank gives the result
                 frame = pb.WorkerFrame(ack=answer)
             else:
@@ -119,8 +140,9 @@ class _Loop:
                 log.info("serving a scheduler in epoch %d", message.welcome.epoch)
             self.welcomed = True
         elif kind == "heartbeat":
-            if message.heartbeat.epoch < self.worker.highest_epoch:
-                self.welcomed = False  # it does not know us: it has begun anew
+            epoch = message.heartbeat.epoch
+            if not epoch or epoch < self.worker.highest_epoch:
+                self.welcomed = False  # it does not know us: it has begun anew, or given us up
         elif kind == "refusal":
             raise StartupError(
                 "config_error", f"the scheduler refused this worker: {message.refusal.reason}"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+from quire import liveness
 from quire import log as quire_log
 from quire.config import EngineConfig
 from quire.errors import QuireError
@@ -48,13 +49,15 @@ def _run(config: EngineConfig, rank: int, stop: threading.Event, loading: thread
     from quire_worker import backends
 
     backends.prepare_threads(config.num_threads)
-    from quire_worker import daemon
+    from quire_worker import daemon, faults
     from quire_worker.worker import Worker
     from quire_worker.zmq_link import ZmqLink
 
+    pulse, fault = liveness.pulse(), faults.from_environ(os.environ)
     progress = Progress(f"loading {config.model_names[0]}")
     worker = Worker(config, rank, progress)
     progress.end()
+    worker.runner.fault = fault
     server = None
     if config.worker_metrics_port:
         server = worker.metrics.serve(config.host, config.worker_metrics_port + rank)
@@ -63,13 +66,19 @@ def _run(config: EngineConfig, rank: int, stop: threading.Event, loading: thread
     loading.clear()
     try:
         if not stop.is_set():
-            daemon.serve(worker, ZmqLink(config.step_address), stop)
+            daemon.serve(worker, ZmqLink(config.step_address, pulse), stop, on_hung=_hung)
     finally:
         if server is not None:
             server.shutdown()
             server.server_close()
         worker.close()
     return 0
+
+
+def _hung(why: str) -> None:
+    """Nothing in this process can end a step that hangs: only another process helps."""
+    log.critical("%s; this process ends", why)
+    os._exit(1)
 
 
 def _stop_on_signals(stop: threading.Event, loading: threading.Event) -> None:

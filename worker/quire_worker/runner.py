@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +75,7 @@ class Runner:
         self.started_ns = 0  # when the step in hand began, 0 = idle
         self.busy_ns = 0  # in all
         self.stats = StepStats()
+        self.fault: Callable[[SlotTable, np.ndarray], None] | None = None  # see faults.py
         self._ended_ns = time.monotonic_ns()
         self._results: deque[pb.StepResult] = deque(maxlen=RESULTS_KEPT)
         self._spans: dict[int, Span] = {}
@@ -169,6 +171,8 @@ class Runner:
         drawn = vectors = None
         clock = Clock(self.device, begin)
         if len(slots):
+            if self.fault is not None:
+                self.fault(table, slots)
             self.team.gather(int(num_tokens.sum()))
             inputs = batch.build(table, slots, num_tokens, wanted)
             attn = batch.attention_metadata(table, inputs)

@@ -11,21 +11,26 @@ import logging
 import queue
 import threading
 import time
+from contextlib import suppress
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from quire.liveness import INTERVAL_S, Pulse
+
 log = logging.getLogger("quire.worker")
 
 MAX_FRAME_BYTES = 256 << 20
-_RECONNECT_MS, _RECONNECT_MAX_MS = 20, 500
+_RECONNECT_MS, _RECONNECT_MAX_MS = 20, 100
+_STUCK_MS = 500  # a send waits for the I/O thread at most so long: it may have ended
 
 
 class ZmqLink:
     """Implements quire.link.WorkerLink. `send` may be called from any thread, `recv` from one."""
 
-    def __init__(self, address: str) -> None:
-        """address: 'host:port' or a full ZeroMQ endpoint of the scheduler."""
+    def __init__(self, address: str, pulse: Pulse | None = None) -> None:
+        """address: 'host:port' or a full ZeroMQ endpoint of the scheduler. The I/O thread beats
+        the pulse, since no step ever holds it up."""
         self.endpoint = address if "://" in address else f"tcp://{address}"
         self.received_ns = 0  # monotonic arrival time of the frame recv() gave last
         self.connected = False
@@ -33,6 +38,8 @@ class ZmqLink:
         self._inbox: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._closed = threading.Event()
+        self._broken = False  # the I/O thread ended without being told to
+        self._pulse = pulse or Pulse(None)
         self._send_lock = threading.Lock()
         inner = f"inproc://send-{id(self)}"
         self._frames_in = self._context.socket(zmq.PAIR)
@@ -40,6 +47,7 @@ class ZmqLink:
         self._frames_out = self._context.socket(zmq.PAIR)
         self._frames_out.connect(inner)
         self._frames_out.setsockopt(zmq.LINGER, 0)
+        self._frames_out.setsockopt(zmq.SNDTIMEO, _STUCK_MS)
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
             (zmq.LINGER, 200),
@@ -63,17 +71,19 @@ class ZmqLink:
         """Queue one frame. It is dropped when no scheduler is connected: whoever comes next
         gets a Hello first."""
         with self._send_lock:
-            if not self._closed.is_set():
+            if not self._closed.is_set() and not self._broken:
                 self._frames_out.send(frame)
 
     def recv(self, timeout_s: float) -> bytes | None:
         """The next frame; None after timeout_s, when the link is closed, and, early, when the
-        connection came or went."""
+        connection came or went. Raises RuntimeError when the link broke for good."""
         try:
             item = self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get(False)
         except queue.Empty:
             return None
         if item is None:
+            if self._broken:
+                raise RuntimeError(f"the link to {self.endpoint} broke; see above")
             return None
         self.received_ns, frame = item
         return frame
@@ -84,7 +94,8 @@ class ZmqLink:
             if self._closed.is_set():
                 return
             self._closed.set()
-            self._frames_out.send(b"")
+            with suppress(zmq.Again):
+                self._frames_out.send(b"")
         self._thread.join(timeout=2)
         self._frames_out.close()
         self._context.term()
@@ -95,14 +106,16 @@ class ZmqLink:
             poller.register(socket, zmq.POLLIN)
         try:
             while True:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(int(INTERVAL_S * 1e3)))
+                self._pulse.beat()
                 if self._monitor in ready:
                     self._connection_event()
                 if self._socket in ready:
                     self._receive()
                 if self._frames_in in ready and not self._forward():
                     return
-        except zmq.ZMQError:
+        except Exception:
+            self._broken = True
             log.exception("the link to %s broke", self.endpoint)
         finally:
             self._inbox.put(None)

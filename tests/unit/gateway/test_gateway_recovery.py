@@ -103,6 +103,25 @@ async def test_waiting_for_the_engine_ends_with_503(folder: Path) -> None:
     assert int(headers["Retry-After"]) >= 1
 
 
+async def test_a_scheduler_that_loads_is_not_away(folder: Path) -> None:
+    """However long its worker takes: what waits is served once the model is there."""
+    async with (
+        FakeEngine(tells("ok")) as engine,
+        served(engine, folder, reconnect_timeout=0.3) as s,
+    ):
+        await engine.stop()
+        await until(lambda: not s.gateway.engine.connected)
+        engine.model.ready = False
+        await engine.start()
+        await until(lambda: s.gateway.engine.status == "the engine is loading")
+        call = asyncio.create_task(s.post("/v1/completions", TEXT))
+        await asyncio.sleep(0.8)
+        assert not call.done()
+        engine.model.ready = True
+        status, body, _ = await call
+    assert status == 200 and body["choices"][0]["text"] == "ok"
+
+
 @pytest.fixture
 async def manual(folder: Path) -> Any:
     """A silent engine, one open stream, and what the test sends as rows."""

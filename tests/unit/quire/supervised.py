@@ -3,7 +3,8 @@
 `supervised.py supervise EVENTS NAME=OPTION,OPTION ...` runs quire's supervisor over fakes;
 `supervised.py fake EVENTS NAME OPTION ...` is one of them. Each event is a line in EVENTS.
 Options: exit=STATUS (at once), drain=SECONDS (from SIGTERM to the end), deaf (SIGTERM is
-ignored), once=STATUS (the first start ends so after `ready` is told), silent (never ready).
+ignored), once=STATUS (the first start ends so after `ready` is told), silent (never ready), beats
+(it shows its pulse), hang (the first start's pulse stops after `ready`, it lives on).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from quire import liveness
 from quire.cli import child, supervisor
 
 
@@ -25,6 +27,7 @@ def note(events: str, text: str) -> None:
 
 def fake(events: str, name: str, *options: str) -> int:
     child.end_with_parent()
+    pulse = liveness.pulse()
     given = dict((*o.split("="), "")[:2] for o in options if o)
     if "exit" in given:
         print(f"Model error: {name} can't", file=sys.stderr)
@@ -41,6 +44,9 @@ def fake(events: str, name: str, *options: str) -> int:
     while not done[0]:
         if "once" in given and before == 1 and "ready" in Path(events).read_text():
             return int(given["once"])
+        hangs = "hang" in given and before == 1 and "ready" in Path(events).read_text()
+        if "beats" in given and not hangs:
+            pulse.beat()
         time.sleep(0.01)
     time.sleep(float(given.get("drain", 0)))
     note(events, f"{name} end")
@@ -52,7 +58,7 @@ def supervise(events: str, *specs: str) -> int:
     for spec in specs:
         name, _, options = spec.partition("=")
         command = [sys.executable, "-P", __file__, "fake", events, name, *options.split(",")]
-        services.append(supervisor.Service(name, command, grace_s=1.0))
+        services.append(supervisor.Service(name, command, grace_s=1.0, still_s=1.5))
 
     def all_started() -> bool:
         text = Path(events).read_text() if Path(events).exists() else ""

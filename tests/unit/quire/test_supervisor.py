@@ -101,6 +101,72 @@ def test_a_dead_service_is_started_again(tmp_path: Path) -> None:
         assert process.wait() == 0
 
 
+def test_a_service_that_stands_still_is_killed_and_started_again(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=beats", "scheduler=beats", "worker=beats,hang") as process:
+        process.line("ready")
+        first = pids(tmp_path)
+        process.line("worker has stood still for")
+        process.line("worker was killed by SIGKILL; starting it again in 0.1 s")
+        until(lambda: pids(tmp_path)["worker"] != first["worker"])
+        assert process.output.count("stood still") == 1
+        assert {n: pids(tmp_path)[n] for n in NAMES[:2]} == {n: first[n] for n in NAMES[:2]}
+
+
+def test_a_stopped_process_is_killed_too(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=beats", "scheduler=beats", "worker=beats") as process:
+        process.line("ready")
+        first = pids(tmp_path)["scheduler"]
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: pids(tmp_path)["scheduler"] != first, 10)
+        assert "scheduler has stood still" in process.output
+
+
+def test_a_service_without_a_pulse_is_loading_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=beats", "scheduler=beats", "worker") as process:
+        process.line("ready")
+        time.sleep(2.0)  # longer than a standstill may last
+        assert "stood still" not in process.output
+
+
+def test_nobody_is_blamed_when_the_supervisor_itself_stood_still(tmp_path: Path) -> None:
+    with supervise(tmp_path, *(f"{name}=beats" for name in NAMES)) as process:
+        process.line("ready")
+        family = [process.pid, *pids(tmp_path).values()]
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)  # as a machine that sleeps
+        time.sleep(2.0)
+        for pid in family:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(1.0)
+        assert "stood still" not in process.output
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_while_the_gateway_drains_the_others_are_kept_running(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway=drain=0.9", "scheduler", "worker") as process:
+        process.line("ready")
+        first = pids(tmp_path)["worker"]
+        process.signal(signal.SIGTERM)
+        until(lambda: "gateway term" in events(tmp_path))
+        os.kill(first, signal.SIGKILL)
+        until(lambda: pids(tmp_path)["worker"] != first)
+        assert "gateway end" not in events(tmp_path)
+        assert process.wait() == 0
+    assert events(tmp_path)[-1] == "worker end"
+
+
+def test_a_service_that_served_a_while_starts_again_soon(tmp_path: Path) -> None:
+    with supervise(tmp_path, "gateway", "scheduler", "worker=beats") as process:
+        process.line("ready")
+        for count in range(1, 4):
+            pid = pids(tmp_path)["worker"]
+            time.sleep(supervisor.STEADY_S + 0.3)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: process.output.count("again in 0.1 s") == count)  # noqa: B023
+            until(lambda: pids(tmp_path)["worker"] != pid)  # noqa: B023
+
+
 def test_services_die_with_a_killed_supervisor(tmp_path: Path) -> None:
     with supervise(tmp_path, "gateway", "scheduler", "worker=deaf") as process:
         process.line("ready")

@@ -133,3 +133,14 @@ def test_a_port_taken_by_somebody_else_is_an_error(flag, lock_folder):
         _, text = process.communicate(timeout=20)
     assert process.returncode == 98
     assert flag in text and text.count("\n") == 1
+
+
+def test_an_engine_that_crashes_ends_the_process_with_status_1(lock_folder):
+    crash = "import quire_scheduler.engine as e\ne.Engine._take_inbox = lambda self: 1 / 0\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", crash + SCRIPT, f"127.0.0.1:{free_port()}",
+         f"127.0.0.1:{free_port()}", "0"],
+        stderr=subprocess.PIPE, text=True, timeout=30, env={**os.environ, **lock_folder},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the engine stopped: ZeroDivisionError" in done.stderr

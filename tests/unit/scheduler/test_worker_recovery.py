@@ -101,6 +101,59 @@ def test_a_single_request_is_tried_again_once():
     assert rig.engine.counters.failed_steps == 2
 
 
+def replace_worker(rig: Rig) -> None:
+    rig.worker.die()
+    rig.engine.turn(0)
+    rig.worker = FakeWorker(rig.link.worker(), rig.options)
+    rig.worker.hello()
+
+
+def test_a_request_that_gets_further_outlives_any_number_of_workers():
+    """Deaths count only while it makes no progress: it was there, it did not do it."""
+    rig = Rig()
+    prompts = fill(rig, 1, max_tokens=200)
+    for death in range(1, 6):
+        target = 30 * death
+        while len(rig.client[0].tokens) < target:
+            rig.turn()
+        replace_worker(rig)
+    rig.run()
+    verify(rig, prompts, max_tokens=200)
+    assert rig.client[0].deaths == 1
+
+
+def test_a_request_that_dies_twice_at_the_same_place_fails():
+    rig = Rig()
+    rig.options.fail = lambda plan, worker: (
+        "at 25" if worker.inner.steps.columns.num_tokens.max() >= 25 else ""
+    )
+    rig.submit([5, 6], max_tokens=60)
+    rig.run()
+    assert rig.client[0].error.name == "request_crashed_worker"
+    assert rig.engine.counters.failed_steps == 2 and len(rig.client[0].tokens) > 16
+
+
+def test_a_worker_that_was_given_up_is_asked_who_it_is():
+    rig = Rig()
+    prompts = fill(rig, 2)
+    rig.turn()
+    rig.worker.heartbeat()
+    rig.engine.turn(0)
+    for _ in range(4):
+        rig.now += 0.9
+        rig.engine.turn(0)
+    assert not rig.engine.stats().ready  # it stood still, and is given up
+    while rig.worker.link.recv(0) is not None:
+        pass
+    rig.worker.heartbeat()  # it wakes
+    rig.engine.turn(0)
+    answer = step_pb2.SchedulerFrame.FromString(rig.worker.link.recv(0))
+    assert answer.WhichOneof("message") == "heartbeat" and answer.heartbeat.epoch == 0
+    rig.worker.hello()
+    rig.run()
+    verify(rig, prompts)
+
+
 def test_a_replaced_worker_process_is_a_death():
     rig = Rig()
     prompts = fill(rig, 3)

@@ -69,8 +69,9 @@ def test_an_unknown_or_gone_peer_is_told_at_once(link, context):
     deadline = time.monotonic() + 5
     while (peer, b"") not in probes and time.monotonic() < deadline:
         probes += link.poll(0.1)
-    assert (peer, b"") in probes  # the caller is asked to look
-    assert not link.send(peer, b"x")
+    assert (peer, b"") in probes  # the caller is asked to look, and may be ahead of the socket
+    while link.send(peer, b"x"):
+        assert time.monotonic() < deadline
 
 
 def test_a_peer_that_does_not_read_is_bounded_and_nobody_waits(context):

@@ -278,6 +278,61 @@ def test_a_scheduler_that_has_forgotten_the_epoch_is_greeted_again(quick):
     session.end()
 
 
+def test_a_scheduler_that_has_given_the_worker_up_is_greeted_at_once(session):
+    """A heartbeat of epoch 0 says: who are you?"""
+    session.greet()
+    session.send(heartbeat=pb.Heartbeat(epoch=0))
+    begin = time.monotonic()
+    session.next("hello")
+    assert time.monotonic() - begin < daemon.SILENCE_S
+
+
+def test_a_step_far_beyond_its_deadline_is_told(quick, monkeypatch):
+    monkeypatch.setattr(daemon, "HUNG_S", 0.2)
+    model, go, told = HashModel(), threading.Event(), []
+    forward = model.forward
+    model.forward = lambda *args: (go.wait(10), forward(*args))[1]
+    scheduler, worker, stop = QueueScheduler(), StubWorker(model), threading.Event()
+    thread = threading.Thread(
+        target=daemon.serve, args=(worker, scheduler.worker_link, stop, told.append)
+    )
+    planner = Planner(worker.runner)
+    plan = planner.plan({0: 5}, admit=[planner.admit(0, PROMPT)])
+    plan.deadline_ms = 50
+    thread.start()
+    try:
+        scheduler.send_bytes(pb.SchedulerFrame(plan=plan).SerializeToString())
+        end = time.monotonic() + 10
+        while not told and time.monotonic() < end:
+            time.sleep(0.01)
+        assert "outlived its deadline" in told[0]
+        go.set()
+        while worker.runner.last_seq != 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        count = len(told)
+        time.sleep(0.3)
+        assert len(told) == count  # it is over
+    finally:
+        go.set()
+        stop.set()
+        thread.join(5)
+        scheduler.close()
+
+
+def test_a_link_that_breaks_ends_the_loop(monkeypatch):
+    scheduler = ZmqScheduler()
+    session = Session(scheduler)
+    session.greet()
+    try:
+        monkeypatch.setattr(ZmqLink, "_receive", lambda self: 1 / 0)
+        session.send(heartbeat=pb.Heartbeat(epoch=1))
+        session.thread.join(5)
+        assert "broke" in str(session.error)
+    finally:
+        session.end()
+
+
 def test_a_worker_outlives_its_scheduler():
     first = ZmqScheduler()
     session = Session(first)

@@ -235,8 +235,11 @@ class KVMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(pick=st.integers(0, 99), fence=st.booleans())
     def release(self, pick: int, fence: bool) -> None:
-        """Finish, cancel or preempt."""
+        """Finish, cancel or preempt. Nobody goes who got blocks in the plan being built: a plan is
+        built in one go, and copies run before its rows."""
         request = self.running.pop(pick % len(self.running))
+        if set(request.handle.block_ids.tolist()) & set(self.plan.new_blocks):
+            self.send()
         self.plan.rows = [row for row in self.plan.rows if row[0] is not request]
         self.history.append((request.namespace, request.tokens[: request.num_confirmed]))
         held = [*request.handle.block_ids.tolist(), *request.handle.shared.tolist()]
