@@ -8,6 +8,7 @@ plan and no worker: it is told sizes and micros and asked for seconds.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -67,16 +68,18 @@ class StepCostModel:
         self._since_fit = 0
         # By the power of two of a step's tokens, where steps were seen: real time / fitted time,
         # and how far steps stray from that.
-        self._powers = np.zeros(0)  # ascending
-        self._ratios = np.ones(0)
-        self._strays = np.zeros(0)
-        self.coefficients = np.zeros(5)  # a, b, c, d, e; all 0 = nothing known
+        self._powers: list[int] = []  # ascending
+        self._ratios: list[float] = []
+        self._strays: list[float] = []
+        self.coefficients: tuple[float, ...] = (
+            0.0,
+        ) * 5  # a, b, c, d, e in micros; all 0 = nothing known
         self.default_budget = DEFAULT_TOKENS  # tokens of a step when none are set
         self._fit()
 
     @property
     def known(self) -> bool:
-        return bool(self.coefficients.any())
+        return any(self.coefficients)
 
     def predict(self, size: StepSize) -> float:
         """Seconds; 0 while nothing is known."""
@@ -124,18 +127,18 @@ class StepCostModel:
         return low
 
     def _fitted(self, size: StepSize) -> float:
-        a, b, c, d, e = self.coefficients.tolist()
+        a, b, c, d, e = self.coefficients
         tokens, context, attends, sampled = size
-        return float(a + b * tokens + c * context + d * attends + e * sampled)
+        return a + b * tokens + c * context + d * attends + e * sampled
 
     def _correct(self, power: int, ratio: float) -> float:
         """Take one step's real / fitted time in; returns it without the excess of an outlier."""
-        i = int(np.searchsorted(self._powers, power))
+        i = bisect_left(self._powers, power)
         if i == len(self._powers) or self._powers[i] != power:
-            self._powers = np.insert(self._powers, i, power)
-            self._ratios = np.insert(self._ratios, i, ratio)
-            self._strays = np.insert(self._strays, i, 0.0)
-        usual = float(self._ratios[i])
+            self._powers.insert(i, power)
+            self._ratios.insert(i, ratio)
+            self._strays.insert(i, 0.0)
+        usual = self._ratios[i]
         ratio = min(max(ratio, usual / OUTLIER), usual * OUTLIER)
         self._strays[i] += SMOOTHING * (abs(ratio / usual - 1) - self._strays[i])
         self._ratios[i] += SMOOTHING * (ratio - usual)
@@ -163,21 +166,25 @@ class StepCostModel:
             if (fitted >= 0).all():
                 break
             causes.pop(int(fitted.argmin()))
-        self.coefficients = np.zeros(5)
-        self.coefficients[causes] = fitted / scale[causes]
+        line = np.zeros(5)
+        line[causes] = fitted / scale[causes]
+        self.coefficients = tuple(line.tolist())
         for i, power in enumerate(self._powers):  # what was corrected may be in the line now
             seen = np.array([cell for key, cell in self._cells.items() if key[0] == power])
-            line = self.coefficients[0] + seen[:, :4] @ self.coefficients[1:]
-            if line.all():
-                self._ratios[i] = (seen[:, 4] / line).mean()
+            expected = line[0] + seen[:, :4] @ line[1:]
+            if expected.all():
+                self._ratios[i] = float((seen[:, 4] / expected).mean())
         chunk = self.largest_chunk(StepSize(0, 0, 0), 0, STEP_TARGET_S, MAX_AUTO_TOKENS)
         self.default_budget = max(MIN_AUTO_TOKENS, chunk // 16 * 16)
 
 
-def _at(
-    num_tokens: int, powers: NDArray[np.float64], values: NDArray[np.float64], default: float
-) -> float:
+def _at(num_tokens: int, powers: list[int], values: list[float], default: float) -> float:
     """The value at so many tokens, linear between the middles of the powers."""
-    if not len(powers):
+    if not powers:
         return default
-    return float(np.interp(math.log2(max(num_tokens, 1)) + 0.5, powers, values))
+    at = math.log2(max(num_tokens, 1)) + 0.5
+    i = bisect_left(powers, at)
+    if i in (0, len(powers)):
+        return values[min(i, len(powers) - 1)]
+    low, high = powers[i - 1], powers[i]
+    return values[i - 1] + (values[i] - values[i - 1]) * (at - low) / (high - low)

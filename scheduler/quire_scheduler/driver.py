@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 
 from quire.config import EngineConfig
 from quire.errors import QuireError
@@ -32,14 +30,12 @@ from quire_scheduler.preemption import Victim
 from quire_scheduler.request import Request
 from quire_scheduler.schedule import preempt, publish_outputs, schedule
 from quire_scheduler.segment import Direction
-from quire_scheduler.shares import Limits
 from quire_scheduler.state import State
 from quire_scheduler.words import Words
 
 log = logging.getLogger("quire.scheduler")
 
 HEARTBEAT_S = 1.0
-COPY_SHARE = 0.1  # of --itl-target-ms, for copies between the tiers
 PROBE_AGAIN_S = 0.05
 IDLE_S = 1.0
 MAX_BARREN_EPOCHS = 8  # without a finished step, before requests are blamed for it
@@ -58,7 +54,7 @@ class Driver:
     ) -> None:
         self.config = config
         self.group = Group(config.block_size)
-        self.pacer = Pacer(counters)
+        self.pacer = Pacer(config, counters)
         self.outbox = Outbox(counters)
         self.state: State | None = None
         self.model: ModelInfo | None = None
@@ -68,7 +64,6 @@ class Driver:
         self.trouble = ""  # the last loss, until a group is complete again
         self._words = Words(link)
         self._link, self._clock, self._counters, self._journal = link, clock, counters, journal
-        self._limits = Limits(2048, config.max_num_seqs, config.enable_chunked_prefill)
         self._memory: tuple[int, ...] = ()  # incarnation that the block books describe
         self._barren = 0
         self._beat_at = 0.0
@@ -112,6 +107,8 @@ class Driver:
         in_flight = self.state.in_flight
         if not in_flight:
             return True
+        if self.state.probation.suspects:
+            return False  # with one plan at a time it is known who was computing
         if self._journal is not None and self._journal.full:
             return False  # its next segment begins when nothing is in flight
         if len(in_flight) >= self.group.layout.pp_size + 1:
@@ -139,14 +136,7 @@ class Driver:
             return self._open_segment(state, self._journal)
         started = time.perf_counter()
         state.requeue(state.probation.advance())
-        limits = self._limits
-        if not self.config.max_num_batched_tokens:  # auto follows what steps really cost
-            limits = replace(limits, max_num_batched_tokens=self.pacer.cost.default_budget)
-        if self.config.itl_target_ms:
-            pace = partial(self.pacer.prompt_tokens, self.config.itl_target_ms / 1e3)
-            copy_s = min(limits.copy_s, self.config.itl_target_ms / 1e3 * COPY_SHARE)
-            limits = replace(limits, prompt_tokens=pace, copy_s=copy_s)
-        plan = schedule(state, limits, self.epoch, self.seq + 1)
+        plan = schedule(state, self.pacer.limits, self.epoch, self.seq + 1)
         if plan is None:
             return self._unblock()
         self.seq += 1
@@ -158,8 +148,7 @@ class Driver:
         now = self._clock()
         self.pacer.sent(plan, state.in_flight[:-1], now)
         deadline = plan.begins_at - now + health.patience(plan)
-        message = plan.to_proto(now, min(int(deadline * 1e3), 1 << 31))
-        frame = step_pb2.SchedulerFrame(plan=message).SerializeToString()
+        frame = plan.frame(now, min(int(deadline * 1e3), 1 << 31)).SerializeToString()
         if self._journal is not None:
             self._journal.append(Direction.PLAN, frame, now)
         plan.ranks = set(self.group.workers)
@@ -355,15 +344,14 @@ class Driver:
 
     def _halt(self, *, blame: bool, seq: int = 0) -> None:
         """End the epoch: live requests wait with prompt and confirmed tokens as forced prefix.
-        blame: those computing in plan `seq` (by default the oldest in flight) are suspects."""
+        blame: those computing in plan `seq` are suspects; by default in any plan in flight, for the
+        answer to the oldest may have been lost with a worker that died of the next."""
         self.ready = False
         state = self.state
         if state is None:
             return
-        plan = next((p for p in state.in_flight if p.seq == seq), None)
-        if plan is None and state.in_flight:
-            plan = state.in_flight[0]
-        computing = state.computing(plan) if blame and plan is not None else []
+        failing = [p for p in state.in_flight if p.seq == seq] or state.in_flight
+        computing = state.computing(failing) if blame else []
         stopped = state.restart()
         culprit = state.probation.blame(computing) if computing else None
         for request in computing:
@@ -395,7 +383,8 @@ class Driver:
         old = self.state
         memory = describe(self.group, self.config, old.kv if old is not None else None)
         model = self.model = memory.model
-        self.pacer.cost, self._limits, self._memory = memory.cost, memory.limits, memory.incarnation
+        self._memory = memory.incarnation
+        self.pacer.measure(memory.cost, memory.limits)
         columns = old.columns if old is not None else None
         size = (model.max_slots, model.max_model_len, model.block_size)
         if columns is None or columns.size != size:
@@ -410,7 +399,7 @@ class Driver:
         log.info(
             "ready: %s, %d blocks of %d tokens, context %d, %d tokens a step, %d blocks still held",
             model.model, model.num_blocks, model.block_size, model.max_model_len,
-            self._limits.max_num_batched_tokens, memory.num_adopted,
+            self.pacer.limits.max_num_batched_tokens, memory.num_adopted,
         )  # fmt: skip
 
     def _beat(self, worker: Worker) -> bool:

@@ -103,7 +103,10 @@ class Group:
         return tuple(self.workers[r].hello.worker_epoch for r in sorted(self.workers))
 
     def by_peer(self, peer: bytes) -> Worker | None:
-        return next((w for w in self.workers.values() if w.peer == peer), None)
+        for worker in self.workers.values():
+            if worker.peer == peer:
+                return worker
+        return None
 
     def refusal(self, hello: step_pb2.Hello) -> str:
         """Why this worker can't join; '' when it can."""

@@ -90,7 +90,7 @@ class Logprobs:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Outputs:
     """One delivery. Columns are [num_rows] unless said otherwise."""
 

@@ -8,17 +8,21 @@ for two steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from quire.step_cost import StepCostModel, StepSize
+from quire.config import EngineConfig
+from quire.step_cost import DEFAULT_TOKENS, StepCostModel, StepSize
 from quire.v1 import step_pb2
 from quire_scheduler.counters import Counters
 from quire_scheduler.plan import Plan
+from quire_scheduler.shares import Limits
 
 LEAD_S = 0.002  # the next plan leaves at least this long before the running step should end
 ROUND_TRIPS = 3  # or so many round trips, if that is longer
 SMOOTHING = 0.1
+COPY_SHARE = 0.1  # of --itl-target-ms, for copies between the tiers
 MIN_CHUNK = 16
 MAX_CHUNK = 1 << 16
 MAX_ROUND_TRIP_S = 0.005  # one slow answer must not bring the plans forward for long
@@ -27,22 +31,32 @@ MAX_ROUND_TRIP_S = 0.005  # one slow answer must not bring the plans forward for
 class Pacer:
     """All times in seconds on the engine's clock."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, config: EngineConfig, counters: Counters) -> None:
+        self._target_s = config.itl_target_ms / 1e3
+        self._follows = not config.max_num_batched_tokens  # the budget is what steps really cost
         self.cost = StepCostModel()
+        self.limits = Limits(DEFAULT_TOKENS, config.max_num_seqs)
         self.round_trip = 0.0005  # scheduler -> worker -> scheduler, without the step
         self._counters = counters
         self._answered: list[tuple[Plan, step_pb2.StepTimings, float]] = []  # to learn from
+
+    def measure(self, cost: StepCostModel, limits: Limits) -> None:
+        """Other workers: `cost` is what they take, `limits` what their plans may hold."""
+        self.cost, self.limits = cost, limits
+        if self._target_s:
+            copy_s = min(limits.copy_s, self._target_s * COPY_SHARE)
+            self.limits = replace(limits, prompt_tokens=self._prompt_tokens, copy_s=copy_s)
 
     def until_lead(self, running: Plan, now: float) -> float:
         """How long until the plan after `running` should leave; <= 0 = now."""
         rest = running.begins_at + running.predicted_s - now
         return rest - max(LEAD_S, ROUND_TRIPS * self.round_trip)
 
-    def prompt_tokens(self, target_s: float, decoding: StepSize, start: int) -> int:
+    def _prompt_tokens(self, decoding: StepSize, start: int) -> int:
         """Tokens that a prompt, from `start` on, may have beside the rows that decode, if the step
-        is to take `target_s`, by what such steps usually stray. Never less than MIN_CHUNK: a
+        is to keep the target, by what such steps usually stray. Never less than MIN_CHUNK: a
         prompt gets on even where decoding alone takes longer."""
-        cost = self.cost
+        cost, target_s = self.cost, self._target_s
         if not cost.known:
             return MIN_CHUNK
         chunk = cost.largest_chunk(decoding, start, target_s, MAX_CHUNK)
@@ -80,6 +94,9 @@ class Pacer:
             self._count(plan, timings, wire)
         self._answered.clear()
         self.cost.refit()
+        budget = self.cost.default_budget
+        if self._follows and budget != self.limits.max_num_batched_tokens:
+            self.limits = replace(self.limits, max_num_batched_tokens=budget)
 
     def _count(self, plan: Plan, timings: step_pb2.StepTimings, wire: float) -> None:
         counters, total = self._counters, plan.total_tokens

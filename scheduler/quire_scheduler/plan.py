@@ -71,21 +71,18 @@ class Plan:
     def num_copied_blocks(self) -> int:
         return sum(len(order) for order in self.copies)
 
-    def to_proto(self, now: float, deadline_ms: int = 0) -> step_pb2.StepPlan:
+    def frame(self, now: float, deadline_ms: int = 0) -> step_pb2.SchedulerFrame:
         """The wire form. now: the engine's clock, seconds."""
-        message = step_pb2.StepPlan(
-            epoch=self.epoch,
-            seq=self.seq,
-            slots=_column(self.slots),
-            num_tokens=_column(self.num_tokens),
-            flags=self.flags.tobytes(),
-            new_block_rows=_column(self.new_block_rows),
-            new_block_ids=_column(self.new_block_ids),
-            named_block_ids=_column(self.named_block_ids),
-            block_names=self.block_names,
-            retired_slots=_column(self.retired_slots),
-            deadline_ms=deadline_ms,
-        )
+        frame = step_pb2.SchedulerFrame()
+        message = frame.plan
+        message.epoch, message.seq, message.deadline_ms = self.epoch, self.seq, deadline_ms
+        message.slots, message.num_tokens = _column(self.slots), _column(self.num_tokens)
+        message.flags = self.flags.tobytes()
+        message.new_block_rows = _column(self.new_block_rows)
+        message.new_block_ids = _column(self.new_block_ids)
+        message.named_block_ids = _column(self.named_block_ids)
+        message.block_names = self.block_names
+        message.retired_slots = _column(self.retired_slots)
         for request, first in self.admitted:
             assert request.columns is not None
             kv = request.columns.kv[request.slot]
@@ -94,7 +91,7 @@ class Plan:
         if self.admitted and any(admit.HasField("trace") for admit in message.admit):
             message.traces.extend(admit.trace for admit in message.admit)
         message.kv_ops.extend(kv_op(order) for order in self.copies)
-        return message
+        return frame
 
 
 def _column(values: NDArray[np.signedinteger]) -> bytes:

@@ -29,6 +29,11 @@ class Probation:
         return bool(self._marks)
 
     @property
+    def suspects(self) -> bool:
+        """Whether there are any, running or waiting."""
+        return bool(self._marks or self._groups)
+
+    @property
     def num_waiting(self) -> int:
         return len(self.queue) + sum(map(len, self._groups))
 

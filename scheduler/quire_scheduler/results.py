@@ -26,6 +26,9 @@ for _constant in (ONE_EACH, NO_STOPS):
     _constant.flags.writeable = False
 
 
+_U32 = np.dtype(np.uint32)
+
+
 class ResultError(ValueError):
     """A result that does not answer its plan."""
 
@@ -84,7 +87,7 @@ def read(result: step_pb2.StepResult, plan: Plan, vocab_size: int) -> _Rows:
         slots, silent, stopped = slots[has], slots[~has], stopped[has]
     if len(tokens) != len(slots):
         raise ResultError("a row of the result has more tokens than its plan asked for")
-    if np.count_nonzero(tokens.view(np.uint32) < vocab_size) != len(tokens):
+    if np.count_nonzero(tokens.view(_U32) < vocab_size) != len(tokens):
         raise ResultError("a token of the result is not in the vocabulary")
     return _Rows(slots, tokens, stopped, silent, logprobs, _pooled(result, plan))
 
@@ -134,12 +137,12 @@ def apply(state: State, plan: Plan, result: step_pb2.StepResult, vocab_size: int
         outputs = Outputs(
             handles=columns.handle[slots],
             attempts=columns.attempt[slots],
-            first_indices=(at - columns.num_prompt_tokens[slots]).view(np.uint32),
+            first_indices=(at - columns.num_prompt_tokens[slots]).view(_U32),
             num_tokens=ONE_EACH[: len(slots)],
             token_ids=tokens,
             finish_reasons=reasons,
             stop_token_ids=stop_ids,
-            num_cached_tokens=columns.num_cached_tokens[slots].view(np.uint32),
+            num_cached_tokens=columns.num_cached_tokens[slots].view(_U32),
             deaths=columns.deaths[slots],
             logprobs=logprobs,
         )

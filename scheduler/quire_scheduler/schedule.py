@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from quire.step_cost import STEP_TARGET_S, StepSize, attended
-from quire_scheduler.columns import I32, Columns, Slots
+from quire_scheduler.columns import I32, Bool, Columns, Slots
 from quire_scheduler.plan import Plan
 from quire_scheduler.preemption import Victim, pick_victim
 from quire_scheduler.request import Request
@@ -28,27 +28,35 @@ def schedule(state: State, limits: Limits, epoch: int, seq: int) -> Plan | None:
     columns, kv = state.columns, state.kv
     plan = Plan(epoch, seq)
     wanted = columns.wanted  # [top], as `given`; what stands beside `slots` is [num_rows]
-    slots, wants_each = in_order(columns, wanted, runnable(state))
+    slots = runnable(state)
+    wants_each = wanted[slots]
+    prompts = bool(np.count_nonzero(wants_each > 1))
+    if prompts:
+        slots = in_order(columns, slots, wants_each > 1)
+        wants_each = wanted[slots]
     if kv.host is not None:
         decoding = np.count_nonzero(wants_each == 1)
         kv.host.limit_s = limits.copy_s if decoding else STEP_TARGET_S
     rivals, wants = _rivals(state, limits)
-    for_prompts = _for_prompts(state, limits, slots, wants_each, bool(rivals))
-    nums, shares = hand_out(
-        wants_each, columns.last_seq[slots], wants, limits.max_num_batched_tokens, for_prompts
-    )
+    budget = limits.max_num_batched_tokens
+    whole = not prompts and not rivals and len(slots) <= budget  # every row decodes, as it wants
+    for_prompts, nums, shares = budget, wants_each, [0] * len(rivals)
+    if not whole:
+        for_prompts = _for_prompts(state, limits, slots, wants_each, bool(rivals))
+        last_seq = columns.last_seq[slots]
+        nums, shares = hand_out(wants_each, last_seq, wants, budget, for_prompts)
     given = np.zeros(len(wanted), np.int32)
     given[slots] = nums
 
     num_running = state.num_running
-    _make_room(state, plan, given)
+    _make_room(state, plan, given, prompts)
     preempted = state.num_running < num_running
-    if preempted or np.count_nonzero(nums) < len(nums):
+    if preempted or not whole:
         nums = given[slots]
         slots, nums = slots[nums > 0], nums[nums > 0]
-    _commit_running(state, plan, slots, nums, given, wanted)
+    _commit_running(state, plan, slots, nums, given, wanted, prompts)
     if state.num_waiting and not preempted:
-        left = limits.max_num_batched_tokens - plan.total_tokens
+        left = budget - plan.total_tokens
         left = min(left, for_prompts - int(nums[nums > 1].sum()))
         _admit(state, limits, plan, left, dict(zip(rivals, shares, strict=True)))
     loads = kv.host is not None and kv.host.num_ordered_loads > 0
@@ -79,16 +87,10 @@ def runnable(state: State) -> Slots:
     return slots
 
 
-def in_order(columns: Columns, wanted: I32, slots: Slots) -> tuple[Slots, I32]:
-    """The slots [n], decoding ones, then prompts in order of admission; what each wants, of
-    wanted [top]."""
-    wants = wanted[slots]
-    is_prompt = wants > 1
-    if not np.count_nonzero(is_prompt):
-        return slots, wants
+def in_order(columns: Columns, slots: Slots, is_prompt: Bool) -> Slots:
+    """The slots [n], decoding ones, then prompts in order of admission."""
     prompts = slots[is_prompt]
-    slots = np.concatenate((slots[~is_prompt], prompts[columns.started[prompts].argsort()]))
-    return slots, wanted[slots]
+    return np.concatenate((slots[~is_prompt], prompts[columns.started[prompts].argsort()]))
 
 
 def _for_prompts(state: State, limits: Limits, slots: Slots, wanted: I32, rivals: bool) -> int:
@@ -124,7 +126,7 @@ def _rivals(state: State, limits: Limits) -> tuple[list[Request], list[int]]:
     return rivals, wants
 
 
-def _make_room(state: State, plan: Plan, given: I32) -> None:
+def _make_room(state: State, plan: Plan, given: I32, prompts: bool) -> None:
     """Blocks for the rows, tokens `given` [top] by slot; preempts until they fit, and takes away
     what was given to the victims."""
     columns, kv, top = state.columns, state.kv, len(given)  # a victim may lower columns.top
@@ -134,10 +136,12 @@ def _make_room(state: State, plan: Plan, given: I32) -> None:
         rows = short.nonzero()[0]
         if not len(rows):
             return
-        need = blocks_for(ends[rows], kv.block_size) - kv.tables.num_blocks[rows]
+        need = None  # a block each
+        if prompts:
+            need = blocks_for(ends[rows], kv.block_size) - kv.tables.num_blocks[rows]
         ids = kv.allocate_many(rows, need)
         if ids is not None:
-            plan.new_block_rows = rows if len(ids) == len(rows) else np.repeat(rows, need)
+            plan.new_block_rows = rows if need is None else np.repeat(rows, need)
             plan.new_block_ids = ids
             return
         slots = state.running_slots
@@ -160,7 +164,13 @@ def preempt(state: State, victim: Victim, seq: int) -> None:
 
 
 def _commit_running(
-    state: State, plan: Plan, slots: Slots, nums: I32, given: I32, wanted: I32
+    state: State,
+    plan: Plan,
+    slots: Slots,
+    nums: I32,
+    given: I32,
+    wanted: I32,
+    prompts: bool,
 ) -> None:
     """The rows [n] are in the plan; `given` [top] is `nums` by slot."""
     columns, top = state.columns, len(given)
@@ -174,9 +184,9 @@ def _commit_running(
     plan.slots, plan.num_tokens, plan.flags = slots, nums, columns.flags[slots]
     plan.num_sampled = int(np.count_nonzero(sampling))
     ends = start[slots]
-    plan.num_context_tokens = plan.num_attended_tokens = int(ends.sum())
+    plan.num_context_tokens = plan.num_attended_tokens = int(np.add.reduce(ends))
     plan.total_tokens = len(slots)
-    if np.count_nonzero(nums > 1):
+    if prompts:
         wide = nums.astype(np.int64)
         plan.total_tokens = int(wide.sum())
         plan.num_attended_tokens = int((wide * ends - wide * (wide - 1) // 2).sum())

@@ -43,8 +43,6 @@ def hand_out(
     small for all); what is left, at most `for_prompts`, is shared fairly among prompts, running
     ones first. A quarter stays for running prompts, so that decoding rows can't starve them.
     """
-    if not rivals and len(wanted) <= budget and not np.count_nonzero(wanted > 1):
-        return wanted, []  # a row each
     nums = np.zeros_like(wanted)
     single = np.flatnonzero(wanted == 1)
     prompts = np.flatnonzero(wanted > 1)

@@ -5,6 +5,7 @@ Knows no wire, no budget and no time: schedule.py decides who runs, results.py w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,9 +126,10 @@ class State:
                 self.leaving.remove(slot)
                 self._leave(request, keep_tokens=True)
 
-    def computing(self, plan: Plan) -> list[Request]:
-        """Requests that have a row in the plan."""
-        requests = (self.columns.requests[slot] for slot in plan.slots.tolist())
+    def computing(self, plans: Iterable[Plan]) -> list[Request]:
+        """Requests that have a row in any of the plans, each once."""
+        slots = dict.fromkeys(slot for plan in plans for slot in plan.slots.tolist())
+        requests = map(self.columns.requests.__getitem__, slots)
         return [request for request in requests if request is not None]
 
     def restart(self) -> list[Request]:

@@ -77,5 +77,5 @@ def test_the_scheduler_writes_the_form_shown_here():
         new_block_rows=np.array([3], np.int32),
         new_block_ids=np.array([77], np.int32),
     )
-    message = step_pb2.SchedulerFrame(plan=plan.to_proto(0.0, 60_000))
+    message = plan.frame(0.0, 60_000)
     assert frames.encode(message) == frames.encode(ALL["plan_decode"])

@@ -148,12 +148,13 @@ class KVManager:
             self.tables.extend(handle.row, ids)
         return ids
 
-    def allocate_many(self, rows: Rows, counts: NDArray[np.int32]) -> BlockIds | None:
-        """allocate_for over distinct rows [n] of the tables with counts [n >= 1], all or nothing:
-        int32 [sum(counts)], in order. For requests that run: it counts no query."""
+    def allocate_many(self, rows: Rows, counts: NDArray[np.int32] | None = None) -> BlockIds | None:
+        """allocate_for over distinct rows [n] of the tables with counts [n >= 1] (None = a block
+        each), all or nothing: int32 [sum(counts)], in order. For requests that run: it counts no
+        query."""
         if np.count_nonzero(self.tables.live[rows]) < len(rows):
             raise ValueError("a row of the block tables has no live handle: match the request anew")
-        ids = self.allocate(int(counts.sum()))
+        ids = self.allocate(len(rows) if counts is None else int(counts.sum()))
         if ids is not None:
             self.tables.append(rows, counts, ids)
         return ids

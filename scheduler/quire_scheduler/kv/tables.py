@@ -15,6 +15,7 @@ from quire_scheduler.kv.blocks import BlockIds
 from quire_scheduler.kv.radix import Node
 
 Rows = NDArray[np.intp]
+_ONE = np.ones(1, np.int32)
 
 _NORESERVE = 0x4000 if hasattr(mmap, "MADV_NOHUGEPAGE") else 0  # Linux; no name in Python 3.11
 
@@ -69,11 +70,14 @@ class BlockTables:
         self.ids[row, have : have + len(ids)] = ids
         self.num_blocks[row] = have + len(ids)
 
-    def append(self, rows: Rows, counts: NDArray[np.int32], ids: BlockIds) -> None:
-        """Blocks `ids` [sum(counts)] at the ends of distinct `rows` [n], in order; counts >= 1."""
+    def append(self, rows: Rows, counts: NDArray[np.int32] | None, ids: BlockIds) -> None:
+        """Blocks `ids` [sum(counts)] at the ends of distinct `rows` [n], in order; counts >= 1,
+        None = one each."""
         have = self.num_blocks[rows]
         at = rows * self._width + have
-        if len(ids) != len(rows):
+        if counts is None:
+            counts = _ONE
+        elif len(ids) != len(rows):
             before = np.cumsum(counts) - counts
             at = np.repeat(at - before, counts) + np.arange(len(ids))
         self._flat[at] = ids

@@ -133,6 +133,27 @@ def test_a_request_that_dies_twice_at_the_same_place_fails():
     assert rig.engine.counters.failed_steps == 2 and len(rig.client[0].tokens) > 16
 
 
+def test_whoever_computes_in_any_plan_in_flight_is_a_suspect():
+    """The worker may have died of the second plan before the answer to the first was out."""
+    costs = [(1, 1, 50_000), (512, 512, 50_000), (1, 4096, 50_000)]
+    rig = Rig(Options(step_costs=costs))
+    rig.submit([5, 6], max_tokens=20)
+    rig.engine.turn(0)
+    rig.submit([7, 8], max_tokens=20)
+    rig.now += 0.049  # the first step is nearly over: the second plan leaves
+    rig.engine.turn(0)
+    state = rig.engine._driver.state
+    assert [len(plan.slots) for plan in state.in_flight] == [1, 2]
+    replace_worker(rig)
+    rig.engine.turn(0)
+    assert [request.deaths for request in rig.engine._intake.live] == [1, 1]
+    while state.probation.suspects:
+        assert len(state.in_flight) <= 1  # else it would not be known who was computing
+        rig.turn()
+    rig.run()
+    assert [rig.client[i].reason for i in range(2)] == ["length", "length"]
+
+
 def test_a_worker_that_was_given_up_is_asked_who_it_is():
     rig = Rig()
     prompts = fill(rig, 2)
