@@ -47,7 +47,7 @@ protos: setup-dev ## generate quire/v1 from protos/
 	$(RUN) scripts/protos.py quire/v1
 
 bench: setup-dev ## benchmark a running configuration; see benchmarks/
-	$(RUN) benchmarks/serve.py $(ARGS)
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 dev: setup-dev ## serve, and start again when a source file changes
 	@exec $(RUN) scripts/dev.py $(ARGS)

@@ -31,7 +31,6 @@ from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P does not
 from rig import (
     SERVICES,
     Body,

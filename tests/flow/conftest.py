@@ -59,7 +59,7 @@ def chaos(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(*words: str, slack: float = 10, timeout_s: float = 180) -> dict[str, Any]:
         file = tmp_path / "report.json"
-        command = [sys.executable, "-P", str(ROOT / "benchmarks" / "chaos.py"), *words]
+        command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), *words]
         with Process(
             [*command, "--slack", str(slack), "--json", str(file)], clean_environ()
         ) as process:
