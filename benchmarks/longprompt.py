@@ -15,19 +15,8 @@ import sys
 import time
 from typing import Any
 
-from harness import (
-    Reply,
-    Server,
-    body,
-    complete,
-    parser,
-    percentile,
-    random_prompt,
-    record,
-    serve,
-    session,
-    table,
-)
+from harness import Reply, body, complete, parser, percentile, random_prompt, record, session, table
+from server import Server, serve
 
 
 async def rounds(server: Server, args: argparse.Namespace) -> dict[str, float]:

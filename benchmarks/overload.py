@@ -13,21 +13,8 @@ import sys
 import time
 from typing import Any
 
-from harness import (
-    Reply,
-    Server,
-    body,
-    complete,
-    memory_mib,
-    parser,
-    percentile,
-    random_prompt,
-    record,
-    serve,
-    services,
-    session,
-    table,
-)
+from harness import Reply, body, complete, parser, percentile, random_prompt, record, session, table
+from server import Server, memory_mib, serve, services
 
 
 class Bodies:

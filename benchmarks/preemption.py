@@ -13,18 +13,8 @@ import sys
 import time
 from typing import Any
 
-from harness import (
-    Server,
-    body,
-    complete,
-    parser,
-    percentile,
-    random_prompt,
-    record,
-    serve,
-    session,
-    table,
-)
+from harness import body, complete, parser, percentile, random_prompt, record, session, table
+from server import Server, serve
 
 
 def workload(args: argparse.Namespace) -> list[tuple[list[int], int]]:

@@ -14,18 +14,8 @@ import sys
 from typing import Any
 
 import aiohttp
-from harness import (
-    Reply,
-    Server,
-    body,
-    complete,
-    parser,
-    random_prompt,
-    record,
-    serve,
-    session,
-    table,
-)
+from harness import Reply, body, complete, parser, random_prompt, record, session, table
+from server import Server, serve
 
 
 async def ask(

@@ -15,7 +15,6 @@ import platform
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,16 +24,17 @@ from datetime import date
 from pathlib import Path
 
 import aiohttp
+from server import Server, serve, services
 
 QUIRE = [sys.executable, "-P", "-m", "quire.cli"]
 OPENINGS = ("Once upon a time", "There was a little", "One day a boy", "In the dark wood")
 
 
-def body(rng: random.Random, model: str) -> dict[str, object]:
+def body(rng: random.Random) -> dict[str, object]:
     """One request of the mix."""
     seen = " ".join(["and then they went on"] * rng.randrange(12))
     request: dict[str, object] = {
-        "model": model, "prompt": f"{seen} {rng.choice(OPENINGS)}", "stream": True,
+        "model": "m", "prompt": f"{seen} {rng.choice(OPENINGS)}", "stream": True,
         "max_tokens": rng.randrange(8, 120), "temperature": rng.choice((0, 0.7, 1)),
         "seed": rng.randrange(1 << 32), "stream_options": {"include_usage": True},
     }  # fmt: skip
@@ -47,14 +47,14 @@ def body(rng: random.Random, model: str) -> dict[str, object]:
     return request
 
 
-async def client(url: str, model: str, seed: str, until: float, counts: Counter[str]) -> None:
+async def client(url: str, seed: str, until: float, counts: Counter[str]) -> None:
     """Requests one after the other until the time is up; a tenth of them are cut off."""
     rng = random.Random(seed)
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         while time.monotonic() < until:
             leave_after = rng.randrange(2, 20) if rng.random() < 0.1 else 0
-            async with session.post(f"{url}/v1/completions", json=body(rng, model)) as response:
+            async with session.post(f"{url}/v1/completions", json=body(rng)) as response:
                 if response.status != 200:
                     raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
                 events = 0
@@ -67,63 +67,26 @@ async def client(url: str, model: str, seed: str, until: float, counts: Counter[
             counts["cancelled" if leave_after else "complete"] += 1
 
 
-async def load(url: str, args: argparse.Namespace, server: subprocess.Popen[str]) -> Counter[str]:
+async def load(server: Server, args: argparse.Namespace) -> Counter[str]:
     counts: Counter[str] = Counter()
     until = time.monotonic() + args.seconds
-    jobs = [client(url, args.model, f"client {n}", until, counts) for n in range(args.clients)]
+    jobs = [client(server.url, f"client {n}", until, counts) for n in range(args.clients)]
 
     async def kill() -> None:
         for _ in range(args.kills):
             await asyncio.sleep(args.seconds / (args.kills + 1))
-            os.kill(worker_of(server.pid), signal.SIGKILL)
+            os.kill(services(server.pid)["worker"], signal.SIGKILL)
             counts["kills"] += 1
 
     await asyncio.gather(kill(), *jobs)
     return counts
 
 
-def worker_of(pid: int) -> int:
-    """The worker among the children of the supervisor."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (path / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        if parent == pid and "worker" in words:
-            return int(path.name)
-    raise RuntimeError("no worker among the server's children")
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
 def record(args: argparse.Namespace, folder: Path) -> Counter[str]:
     """Serve, load, stop."""
-    http, engine, step = free_ports(3)
-    command = [
-        *QUIRE, "serve", args.model, "--port", str(http), "--journal", str(folder),
-        "--journal-max-bytes", args.journal_max_bytes, "--engine-address", f"127.0.0.1:{engine}",
-        "--step-address", f"127.0.0.1:{step}", "--scheduler-metrics-port", "0",
-        "--worker-metrics-port", "0", "--log-level", "warning",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            if not any("Ready in" in line for line in server.stdout):
-                raise RuntimeError("the server did not start")
-            return asyncio.run(load(f"http://127.0.0.1:{http}", args, server))
-        finally:
-            server.terminate()
-            server.communicate(timeout=60)
+    flags = ("--journal", str(folder), "--journal-max-bytes", args.journal_max_bytes)
+    with serve(args.model, *flags, "--log-level", "warning") as server:
+        return asyncio.run(load(server, args))
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from server import free_ports, services
 
 Body = dict[str, Any]
 SERVICES = ("gateway", "scheduler", "worker")
@@ -103,14 +103,7 @@ class Server:
         """Running services by name."""
         if self.apart:
             return {n: p.pid for n, p in self.processes.items() if p.poll() is None}
-        found = {}
-        for pid in children(self.processes["serve"].pid):
-            try:
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            found.update({name: pid for name in SERVICES if name in words})
-        return found
+        return services(self.processes["serve"].pid)
 
     def kill(self, *names: str, number: signal.Signals = signal.SIGKILL) -> float:
         """Signal these services; the time of it. Waits for one that is not there."""
@@ -133,29 +126,6 @@ class Server:
 
     def count(self, pattern: str, since: float = 0.0) -> int:
         return sum(1 for at, line in list(self.lines) if at >= since and re.search(pattern, line))
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            cells = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(cells[1]) == pid and cells[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 # -- clients ------------------------------------------------------------------------------------

@@ -13,19 +13,13 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
 import platform
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -33,6 +27,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from server import serve
 
 from quire.config import resolve
 from quire.latency_table import SPREADS, LatencyTable, spread
@@ -57,48 +52,11 @@ class Seen:
 
 
 # -- the real run -------------------------------------------------------------------------------
-@contextmanager
-def server(model: str, journal: Path, words: Sequence[str]) -> Any:
-    """(base URL) of a server that records."""
-    ports = []
-    for _ in range(5):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    environ = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("QUIRE_")},
-        "QUIRE_PORT": str(ports[0]),
-        "QUIRE_ENGINE_ADDRESS": f"127.0.0.1:{ports[1]}",
-        "QUIRE_STEP_ADDRESS": f"127.0.0.1:{ports[2]}",
-        "QUIRE_SCHEDULER_METRICS_PORT": str(ports[3]),
-        "QUIRE_WORKER_METRICS_PORT": str(ports[4]),
-        "QUIRE_JOURNAL": str(journal),
-        "QUIRE_LOG_LEVEL": "warning",
-    }
-    command = [sys.executable, "-P", "-m", "quire.cli", "serve", model, *words]
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{ports[0]}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                with urllib.request.urlopen(url + "/ready", timeout=2):
-                    break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the server did not start") from None
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def recording(journal: Path) -> tuple[str, ...]:
+    return ("--journal", str(journal), "--log-level", "warning")
 
 
-async def replay(url: str, model: str, arrivals: Sequence[Arrival]) -> list[Seen]:
+async def replay(url: str, arrivals: Sequence[Arrival]) -> list[Seen]:
     """Send each request at its time, whatever the server does; what the client saw."""
     timeout = aiohttp.ClientTimeout(total=900)
     connector = aiohttp.TCPConnector(limit=0)
@@ -108,7 +66,7 @@ async def replay(url: str, model: str, arrivals: Sequence[Arrival]) -> list[Seen
         async def one(number: int, arrival: Arrival) -> Seen:
             await asyncio.sleep(max(begin + arrival.arrival_s - time.monotonic(), 0))
             body = {
-                "model": model,
+                "model": "m",
                 "prompt": list(arrival.prompt_token_ids),
                 "max_tokens": arrival.num_output_tokens,
                 "temperature": 1.0,
@@ -220,10 +178,11 @@ def compare(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         first = Path(folder) / "calibration"
         sizes = LatencyTable.constant(1.0, vocab_size=args.vocab, max_model_len=args.context)
         spec = args.calibration
-        with server(args.model, first, words) as url:
-            asyncio.run(replay(url, args.model, _calls(sizes, "poisson:rate=5,requests=10", 99)))
+        with serve(args.model, *recording(first), *words) as server:
+            url = server.url
+            asyncio.run(replay(url, _calls(sizes, "poisson:rate=5,requests=10", 99)))
             calls = _calls(sizes, spec, 1)
-            seen = asyncio.run(replay(url, args.model, calls))
+            seen = asyncio.run(replay(url, calls))
         table = calibrated(str(first), seen, calls)
         print(
             f"table: {len(table.points)} steps; medians in us:",
@@ -234,10 +193,12 @@ def compare(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
             args.table.write_text(table.to_json())
         rounds = []
         for number in range(args.rounds):
-            with server(args.model, Path(folder) / f"run-{number}", words) as url:
-                asyncio.run(replay(url, args.model, _calls(sizes, "poisson:requests=10", 98)))
+            journal = Path(folder) / f"run-{number}"
+            with serve(args.model, *recording(journal), *words) as server:
+                url = server.url
+                asyncio.run(replay(url, _calls(sizes, "poisson:requests=10", 98)))
                 calls = _calls(sizes, args.trace, 100 + number)
-                real = measured(asyncio.run(replay(url, args.model, calls)))
+                real = measured(asyncio.run(replay(url, calls)))
             outcome = simulate(calls, table, config, seed=number)
             rounds.append(_round(number, real, outcome.report))
     return {"rounds": rounds, "errors": _medians(rounds)}

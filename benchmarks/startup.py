@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from harness import memory_mib, services
+from server import memory_mib, services
 
 
 def request(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:

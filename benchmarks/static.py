@@ -14,19 +14,8 @@ import time
 from typing import Any
 
 import aiohttp
-from harness import (
-    Reply,
-    Server,
-    body,
-    complete,
-    parser,
-    percentile,
-    random_prompt,
-    record,
-    serve,
-    session,
-    table,
-)
+from harness import Reply, body, complete, parser, percentile, random_prompt, record, session, table
+from server import Server, serve
 
 
 def workload(args: argparse.Namespace, round_: int) -> list[bytes]:
