@@ -119,19 +119,19 @@ class FakeWorker:
 
     @property
     def highest_epoch(self) -> int:
-        return self.inner.highest_epoch
+        return self.inner.gate.highest_epoch
 
     @highest_epoch.setter
     def highest_epoch(self, value: int) -> None:
-        self.inner.highest_epoch = value
+        self.inner.gate.highest_epoch = value
 
     @property
     def epoch(self) -> int:
-        return self.inner.epoch
+        return self.inner.gate.epoch
 
     @property
     def last_seq(self) -> int:
-        return self.inner.last_seq
+        return self.inner.gate.last_seq
 
     @property
     def num_steps(self) -> int:
@@ -159,7 +159,7 @@ class FakeWorker:
 
     @property
     def results(self) -> Sequence[pb.StepResult]:
-        return self.inner.results
+        return self.inner.gate.results
 
     # -- life -------------------------------------------------------------------------------
     def hello(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -24,14 +23,13 @@ from quire.telemetry import Span, Tracer, Value
 from quire.v1 import step_pb2 as pb
 from quire_worker import batch, columns, sampler
 from quire_worker.columns import Limits, PlanColumns, PlanError
+from quire_worker.gate import PlanGate
 from quire_worker.results import Clock, StepStats, add_row_error, fill_outputs, fill_timings
 from quire_worker.slots import SlotTable
 from quire_worker.team import Team
 from quire_worker.transfer import Order, Transfer, read_orders
 
 log = logging.getLogger("quire.worker")
-
-RESULTS_KEPT = 8  # for plans that arrive twice
 
 
 class Model(Protocol):
@@ -46,7 +44,7 @@ class Model(Protocol):
 
 class Runner:
     """All state of one rank's running requests. Used by one thread; the attributes that the
-    heartbeat reads (epoch, last_seq, started_ns, busy_ns) are plain ints."""
+    heartbeat reads (those of the gate, started_ns, busy_ns) are plain ints."""
 
     def __init__(
         self,
@@ -62,29 +60,24 @@ class Runner:
         self.kv_cache = kv_cache
         self.limits = limits
         self.device = device
-        self.worker_epoch = worker_epoch
+        self.gate = PlanGate(worker_epoch, self._begin_epoch)
         self.tracer = tracer
         self.table = SlotTable(limits, device, eos_token_ids)
         self.team = Team(torch.get_num_threads())
         self.transfer = Transfer(kv_cache.pool, limits.num_host_blocks)
-        self.epoch = 0  # of the last plan executed
-        self.highest_epoch = 0  # seen in any plan
-        self.last_seq = 0
-        self.broken = ""  # why the rest of the epoch is refused
         self.memory_bytes = 0  # of the device, used by this process; set by the owner
         self.started_ns = 0  # when the step in hand began, 0 = idle
         self.busy_ns = 0  # in all
         self.stats = StepStats()
         self.fault: Callable[[SlotTable, np.ndarray], None] | None = None  # see faults.py
         self._ended_ns = time.monotonic_ns()
-        self._results: deque[pb.StepResult] = deque(maxlen=RESULTS_KEPT)
         self._spans: dict[int, Span] = {}
         self._first_own_block: dict[int, int] = {}  # slot -> index of its first block not shared
 
     def execute(self, plan: pb.StepPlan, received_ns: int | None = None) -> pb.StepResult:
         """The plan's result. received_ns: monotonic time at which the plan arrived."""
         begin = time.monotonic_ns()
-        answer = self._gate(plan)
+        answer = self.gate.check(plan)
         if answer is not None:
             return answer
         stats = self.stats = StepStats(
@@ -102,52 +95,17 @@ class Runner:
         self._ended_ns = time.monotonic_ns()
         self.busy_ns += self._ended_ns - begin
         self.started_ns = 0
-        self.last_seq = plan.seq
-        self._results.append(result)
+        self.gate.done(result)
         return result
 
-    # -- may the plan run? -----------------------------------------------------------------
-    def _gate(self, plan: pb.StepPlan) -> pb.StepResult | None:
-        """An answer when the plan is not to be executed. Begins a new epoch."""
-        epoch, seq = plan.epoch, plan.seq
-        self.highest_epoch = max(self.highest_epoch, epoch)
-        if epoch < self.epoch or epoch == 0:
-            return self._refused(plan, f"epoch {epoch} is over; this worker is in {self.epoch}.")
-        if epoch > self.epoch:
-            if seq != 1:
-                return self._refused(plan, f"epoch {epoch} begins with plan {seq}, not 1.")
-            self._begin_epoch(epoch)
-            return None
-        if seq <= self.last_seq:
-            for result in self._results:
-                if result.seq == seq:
-                    return result
-            return self._refused(plan, f"plan {seq} was executed long ago; its result is gone.")
-        if not self.broken and seq != self.last_seq + 1:
-            self.broken = f"plan {self.last_seq + 1} is missing: {seq} came after {self.last_seq}."
-            log.error("epoch %d: %s", epoch, self.broken)
-        return self._refused(plan, self.broken) if self.broken else None
-
-    def _begin_epoch(self, epoch: int) -> None:
-        self.epoch, self.last_seq, self.broken = epoch, 0, ""
-        self._results.clear()
+    def _begin_epoch(self) -> None:
         self.table.clear()
         self._first_own_block.clear()
         for slot in list(self._spans):
             self._end_span(slot, "cancelled")
 
-    def _answer(self, plan: pb.StepPlan, status: pb.StepStatus, error: str = "") -> pb.StepResult:
-        return pb.StepResult(
-            epoch=plan.epoch, seq=plan.seq, worker_epoch=self.worker_epoch, status=status,
-            error=error,
-        )  # fmt: skip
-
-    def _refused(self, plan: pb.StepPlan, reason: str) -> pb.StepResult:
-        return self._answer(plan, pb.STEP_STATUS_REFUSED, reason)
-
     def _failed(self, plan: pb.StepPlan, error: str) -> pb.StepResult:
-        self.broken = f"plan {plan.seq} failed: {error}"
-        return self._answer(plan, pb.STEP_STATUS_FAILED, error)
+        return self.gate.answer(plan, pb.STEP_STATUS_FAILED, error)
 
     # -- one step --------------------------------------------------------------------------
     @torch.inference_mode()
@@ -155,7 +113,7 @@ class Runner:
         table = self.table
         cols = columns.read_columns(plan, self.limits)
         orders = read_orders(plan, self.limits)
-        result = self._answer(plan, pb.STEP_STATUS_OK)
+        result = self.gate.answer(plan, pb.STEP_STATUS_OK)
         self._retire(cols.retired_slots)
         self._copy(orders, stats, result)
         self._apply(plan, cols, result)

@@ -102,7 +102,7 @@ class Worker:
 
     @property
     def highest_epoch(self) -> int:
-        return self.runner.highest_epoch
+        return self.runner.gate.highest_epoch
 
     @property
     def device_name(self) -> str:
@@ -134,8 +134,8 @@ class Worker:
             pp_rank=0,
             pp_size=1,
             worker_epoch=self.worker_epoch,
-            highest_epoch=runner.highest_epoch,
-            last_seq=runner.last_seq,
+            highest_epoch=runner.gate.highest_epoch,
+            last_seq=runner.gate.last_seq,
             model=self.model_name,
             model_digest=self.digest.hex(),
             dtype=_dtype_name(self.model.dtype),
@@ -188,8 +188,8 @@ class Worker:
         runner.memory_bytes = _memory_used(self.device)
         self.metrics.sample_usage(runner.busy_ns + running, runner.memory_bytes)
         return pb.Heartbeat(
-            epoch=runner.epoch,
-            last_seq=runner.last_seq,
+            epoch=runner.gate.epoch,
+            last_seq=runner.gate.last_seq,
             busy_micros=running // 1000,
             metrics=self.metrics.page(),
         )

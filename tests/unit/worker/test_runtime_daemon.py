@@ -29,12 +29,12 @@ class StubWorker:
 
     @property
     def highest_epoch(self):
-        return self.runner.highest_epoch
+        return self.runner.gate.highest_epoch
 
     def hello(self):
         ids, names = self.runner.transfer.names.held()
         return pb.Hello(
-            worker_epoch=7, highest_epoch=self.runner.highest_epoch, held_block_ids=ids,
+            worker_epoch=7, highest_epoch=self.runner.gate.highest_epoch, held_block_ids=ids,
             held_block_names=names,
         )  # fmt: skip
 
@@ -44,7 +44,7 @@ class StubWorker:
     def heartbeat(self):
         started = self.runner.started_ns
         busy = time.monotonic_ns() - started if started else 0
-        return pb.Heartbeat(epoch=self.runner.epoch, busy_micros=busy // 1000, metrics=b"page")
+        return pb.Heartbeat(epoch=self.runner.gate.epoch, busy_micros=busy // 1000, metrics=b"page")
 
     def frame_dropped(self):
         self.dropped += 1
@@ -307,7 +307,7 @@ def test_a_step_far_beyond_its_deadline_is_told(quick, monkeypatch):
             time.sleep(0.01)
         assert "outlived its deadline" in told[0]
         go.set()
-        while worker.runner.last_seq != 1 and time.monotonic() < end:
+        while worker.runner.gate.last_seq != 1 and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.1)
         count = len(told)

@@ -139,7 +139,7 @@ def test_a_lower_epoch_is_refused_and_a_higher_one_starts_with_plan_1():
     assert runner.execute(pb.StepPlan(epoch=6, seq=2)).status == pb.STEP_STATUS_REFUSED
     assert runner.execute(pb.StepPlan(epoch=0, seq=1)).status == pb.STEP_STATUS_REFUSED
     assert runner.execute(pb.StepPlan(epoch=6, seq=1)).status == pb.STEP_STATUS_OK
-    assert runner.highest_epoch == 6
+    assert runner.gate.highest_epoch == 6
 
 
 def test_a_failed_step_commits_nothing_and_ends_the_epoch():

@@ -50,7 +50,7 @@ def worker(request, folder):
 
 
 def planner_for(worker) -> Planner:
-    return Planner(worker.runner, epoch=worker.runner.epoch + 1)
+    return Planner(worker.runner, epoch=worker.runner.gate.epoch + 1)
 
 
 def prompt_of(n, seed=1):

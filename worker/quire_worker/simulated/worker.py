@@ -11,7 +11,6 @@ import os
 import secrets
 import threading
 import time
-from collections import deque
 
 import numpy as np
 
@@ -20,9 +19,9 @@ from quire.v1 import step_pb2 as pb
 from quire.version import __version__
 from quire.wire import PROTOCOL_VERSION
 from quire_worker.columns import PlanError
+from quire_worker.gate import PlanGate
 from quire_worker.simulated.step import Steps
 
-RESULTS_KEPT = 8
 _PAGE = b"""# HELP quire_worker_steps_total Plans answered, by status.
 # TYPE quire_worker_steps_total counter
 quire_worker_steps_total{status="ok"} %d
@@ -40,18 +39,18 @@ class SimulatedWorker:
         self.table, self.rank, self.tp_size = table, rank, tp_size
         self.steps = Steps(table, seed)
         self.worker_epoch = secrets.randbits(63) | 1
-        self.epoch = 0  # of the last plan executed
-        self.highest_epoch = 0  # seen in any plan
-        self.last_seq = 0
-        self.broken = ""  # why the rest of the epoch is refused
+        self.gate = PlanGate(self.worker_epoch, self.steps.begin_epoch)
         self.fatal = ""  # a simulated device does not die
         self.num_steps = 0
         self.num_dropped = 0
         self.violations: list[str] = []
-        self.results: deque[pb.StepResult] = deque(maxlen=RESULTS_KEPT)
         self._started_ns = 0  # when the step in hand began, 0 = idle
         self._ended_ns = time.monotonic_ns()
         self._never = threading.Event()
+
+    @property
+    def highest_epoch(self) -> int:
+        return self.gate.highest_epoch
 
     # -- what daemon.serve asks for ---------------------------------------------------------
     def hello(self) -> pb.Hello:
@@ -80,8 +79,8 @@ class SimulatedWorker:
             pp_rank=0,
             pp_size=1,
             worker_epoch=self.worker_epoch,
-            highest_epoch=self.highest_epoch,
-            last_seq=self.last_seq,
+            highest_epoch=self.gate.highest_epoch,
+            last_seq=self.gate.last_seq,
             model=table.model,
             model_digest=table.model_digest,
             dtype=table.dtype,
@@ -133,8 +132,8 @@ class SimulatedWorker:
         """That this worker lives, how long the step in hand has run, and a metrics page."""
         started = self._started_ns
         return pb.Heartbeat(
-            epoch=self.epoch,
-            last_seq=self.last_seq,
+            epoch=self.gate.epoch,
+            last_seq=self.gate.last_seq,
             busy_micros=(time.monotonic_ns() - started) // 1000 if started else 0,
             metrics=_PAGE % self.num_steps,
         )
@@ -145,14 +144,13 @@ class SimulatedWorker:
     # -- plans ------------------------------------------------------------------------------
     def step(self, plan: pb.StepPlan) -> tuple[pb.StepResult, float]:
         """(the result, seconds the step takes). Never raises for what a plan says."""
-        refused = self._gate(plan)
+        refused = self.gate.check(plan)
         if refused is not None:
             return refused, 0.0
-        self.last_seq = plan.seq
         seconds = 0.0
         why = self.trouble(plan)
         if not why:
-            result = self._answer(plan, pb.STEP_STATUS_OK)
+            result = self.gate.answer(plan, pb.STEP_STATUS_OK)
             try:
                 seconds = self.steps.run(plan, result, self.row_trouble)
                 self.num_steps += 1
@@ -160,9 +158,8 @@ class SimulatedWorker:
                 self.violations.append(str(error))
                 why = f"plan {plan.seq} of epoch {plan.epoch}: {error}"
         if why:
-            result = self._answer(plan, pb.STEP_STATUS_FAILED, why)
-            self.broken = why
-        self.results.append(result)
+            result = self.gate.answer(plan, pb.STEP_STATUS_FAILED, why)
+        self.gate.done(result)
         return result, seconds
 
     def trouble(self, plan: pb.StepPlan) -> str:
@@ -173,39 +170,6 @@ class SimulatedWorker:
     def row_trouble(self, slot: int) -> str:
         """The error that a newly admitted slot is to fail with alone; '' = none. For tests."""
         return ""
-
-    def _gate(self, plan: pb.StepPlan) -> pb.StepResult | None:
-        """An answer when the plan is not to be executed. Begins a new epoch."""
-        epoch, seq = plan.epoch, plan.seq
-        self.highest_epoch = max(self.highest_epoch, epoch)
-        if epoch < self.epoch or epoch == 0:
-            return self._refused(plan, f"epoch {epoch} is over; this worker is in {self.epoch}.")
-        if epoch > self.epoch:
-            if seq != 1:
-                return self._refused(plan, f"epoch {epoch} begins with plan {seq}, not 1.")
-            self.epoch, self.last_seq, self.broken = epoch, 0, ""
-            self.steps.begin_epoch()
-            self.results.clear()
-        if seq <= self.last_seq:
-            for result in self.results:
-                if result.seq == seq:
-                    return result
-            return self._refused(plan, f"plan {seq} was executed long ago; its result is gone.")
-        if seq != self.last_seq + 1 and not self.broken:
-            self.broken = f"plan {self.last_seq + 1} is missing: {seq} came after {self.last_seq}."
-        return self._refused(plan, self.broken) if self.broken else None
-
-    def _refused(self, plan: pb.StepPlan, why: str) -> pb.StepResult:
-        return self._answer(plan, pb.STEP_STATUS_REFUSED, why)
-
-    def _answer(self, plan: pb.StepPlan, status: pb.StepStatus, error: str = "") -> pb.StepResult:
-        return pb.StepResult(
-            epoch=plan.epoch,
-            seq=plan.seq,
-            worker_epoch=self.worker_epoch,
-            status=status,
-            error=error,
-        )
 
 
 def as_ack(result: pb.StepResult) -> pb.Ack:
