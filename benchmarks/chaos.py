@@ -271,7 +271,7 @@ async def flat(args: argparse.Namespace) -> Body:
     bodies = requests(args.requests, args.seed, max_tokens=24)
     # Caches that are full after the first tenth: one that fills up would look like a leak. oneDNN
     # keeps a compiled primitive for each of 1,024 shapes by default.
-    environ = {"QUIRE_KV_CACHE_MEMORY_BYTES": "16MiB", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+    environ = {"QUIRE_KV_CACHE_MEMORY_BYTES": "16MiB"}
     with Server(args, **environ) as server:
         async with session() as http:
             clients = Clients(http, server)

@@ -19,8 +19,8 @@ STEP_TARGET_S = 0.25  # default budget: the largest chunk predicted to take less
 MAX_AUTO_TOKENS = 8192
 DEFAULT_TOKENS = 2048  # without a table
 MIN_AUTO_TOKENS = 64
-REFIT_EVERY = 64  # observed steps
-SMOOTHING = 0.2
+REFIT_EVERY = 16  # observed steps
+SMOOTHING = 0.4
 OUTLIER = 3.0  # a step so many times off counts as this far off: the machine was elsewhere
 # Where points can't tell causes apart the one with the smallest weight takes it: a step's fixed
 # cost before its rows', tokens before context.

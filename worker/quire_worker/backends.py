@@ -114,8 +114,6 @@ def prepare_threads(num_threads: int = 0) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some microseconds
     os.environ.setdefault("OMP_DYNAMIC", "false")
     os.environ.setdefault("MKL_DYNAMIC", "false")
-    # Half a MiB for each shape that a step ever had: oneDNN would keep 1,024 of them.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if "torch" in sys.modules:  # in-process use: too late for the environment, not for the number
         sys.modules["torch"].set_num_threads(count)
     return count
