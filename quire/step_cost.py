@@ -21,6 +21,7 @@ DEFAULT_TOKENS = 2048  # without a table
 MIN_AUTO_TOKENS = 64
 REFIT_EVERY = 16  # observed steps
 SMOOTHING = 0.4
+FORGETTING = 0.97  # a step, of how far others strayed
 OUTLIER = 3.0  # a step so many times off counts as this far off: the machine was elsewhere
 # Where points can't tell causes apart the one with the smallest weight takes it: a step's fixed
 # cost before its rows', tokens before context.
@@ -87,7 +88,7 @@ class StepCostModel:
         return self._fitted(size) * ratio * 1e-6
 
     def stray(self, num_tokens: int) -> float:
-        """By what share such steps differ from what is predicted, on average."""
+        """By what share such steps took longer than predicted, at worst, lately."""
         return _at(num_tokens, self._powers, self._strays, 0.0)
 
     def observe(self, size: StepSize, micros: int) -> None:
@@ -140,7 +141,7 @@ class StepCostModel:
             self._strays.insert(i, 0.0)
         usual = self._ratios[i]
         ratio = min(max(ratio, usual / OUTLIER), usual * OUTLIER)
-        self._strays[i] += SMOOTHING * (abs(ratio / usual - 1) - self._strays[i])
+        self._strays[i] = max(ratio / usual - 1, self._strays[i] * FORGETTING)
         self._ratios[i] += SMOOTHING * (ratio - usual)
         return ratio
 
