@@ -22,7 +22,7 @@ from quire_scheduler.shares import Limits
 LEAD_S = 0.002  # the next plan leaves at least this long before the running step should end
 ROUND_TRIPS = 3  # or so many round trips, if that is longer
 SMOOTHING = 0.1
-TARGET_SHARE = 0.9  # of --itl-target-ms, for the step; the rest is the way to the client
+TARGET_SHARE = 0.8  # of --itl-target-ms, for the step; then the way to the client, and surprise
 COPY_SHARE = 0.1  # of --itl-target-ms, for copies between the tiers
 MIN_CHUNK = STEP_MULTIPLE = 16
 MAX_CHUNK = 1 << 16
