@@ -269,8 +269,8 @@ async def cancel(args: argparse.Namespace) -> Body:
 async def flat(args: argparse.Namespace) -> Body:
     """Many requests: memory, descriptors and blocks as after the first tenth."""
     bodies = requests(args.requests, args.seed, max_tokens=24)
-    # Caches that are full after the first tenth: one that fills up would look like a leak. oneDNN
-    # keeps a compiled primitive for each of 1,024 shapes by default.
+    # A prefix cache that is full after the first tenth: one that fills up would look like a leak.
+    # The worker may grow by a tenth: oneDNN keeps a compiled primitive for each of 1,024 shapes.
     environ = {"QUIRE_KV_CACHE_MEMORY_BYTES": "16MiB"}
     with Server(args, **environ) as server:
         async with session() as http:
