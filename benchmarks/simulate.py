@@ -99,22 +99,17 @@ def calibrated(journal: str, seen: Sequence[Seen], arrivals: Sequence[Arrival]) 
     """The journal's table, with the way from and to the client: told by requests whose prompts
     (all different) tie the two clocks' events together."""
     table = recorded.from_journal(journal)
-    admitted: dict[bytes, float] = {}  # prompt -> when its first plan left
-    idle: dict[bytes, bool] = {}  # ... and nothing else was in flight then
+    arrived: dict[bytes, float] = {}  # prompt -> when the scheduler had it
     slots: dict[int, bytes] = {}
     came: dict[bytes, list[tuple[float, int]]] = defaultdict(list)  # (result there, row in step)
-    in_flight = 0
     for frame in recorded.frames(journal):
         now = frame.at_ns / 1e9
         if frame.plan is not None:
             for admit in frame.plan.admit:
                 prompt = admit.prompt_token_ids
                 slots[admit.slot] = prompt
-                if prompt not in admitted:
-                    admitted[prompt], idle[prompt] = now, not in_flight
-            in_flight += 1
+                arrived.setdefault(prompt, now - admit.waited_micros * 1e-6)
         elif frame.worker is not None and frame.worker.HasField("result"):
-            in_flight = max(in_flight - 1, 0)
             result = frame.worker.result
             counts = np.frombuffer(result.num_outputs, np.uint8).tolist()
             rows = np.frombuffer(result.slots, "<i4").tolist()
@@ -126,8 +121,8 @@ def calibrated(journal: str, seen: Sequence[Seen], arrivals: Sequence[Arrival]) 
     submits, delays, places = [], [], []
     for one in seen:
         prompt = np.array(arrivals[one.number].prompt_token_ids, "<i4").tobytes()
-        if idle.get(prompt):
-            submits.append(admitted[prompt] - one.sent)
+        if prompt in arrived:
+            submits.append(max(arrived[prompt] - one.sent, 0.0))
         if len(came[prompt]) == len(one.pieces):  # else pieces were merged
             before = 0.0
             for (there, row), piece in zip(came[prompt], one.pieces, strict=True):
@@ -136,7 +131,7 @@ def calibrated(journal: str, seen: Sequence[Seen], arrivals: Sequence[Arrival]) 
                     places.append(row)
                 before = piece
     if not submits or not delays:
-        raise RuntimeError("the calibration trace left no request alone: lower its rate")
+        raise RuntimeError("the journal holds none of the calibration's requests")
     each = _per_row(np.array(delays), np.array(places))
     return dataclasses.replace(
         table,
