@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 FIRST_BACKOFF, LAST_BACKOFF = 0.05, 0.2  # s; a refused connection on one machine costs little
 WELCOME_TIMEOUT = 5.0
 UNARY_TIMEOUT = 2.0
+ANSWER_GRACE = 2.0
 PROBE_TIMEOUT = 0.8  # below the second that probes usually allow
 POLL_INTERVAL = 0.05
 # A silent stream is normal (a long prefill), so pings find a dead peer; the server is told
@@ -68,6 +69,8 @@ class EngineClient:
         self._outbox: deque[engine_pb2.AttachRequest] = deque()
         self._outbox_bell = asyncio.Event()
         self._lost_at = 0.0
+        self._load: engine_pb2.GetLoadResponse | None = None  # the last answer
+        self._load_at = 0.0
         self._channel: Any = None
         self._stub: Any = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -127,7 +130,16 @@ class EngineClient:
         """Ask now; None when the scheduler does not answer."""
         answer: engine_pb2.GetLoadResponse | None
         answer = await self._ask(self._stub.GetLoad, engine_pb2.GetLoadRequest())
+        if answer is not None:
+            self._load, self._load_at = answer, asyncio.get_running_loop().time()
         return answer
+
+    async def recent_load(self) -> engine_pb2.GetLoadResponse | None:
+        """Ask now, and take an answer of the last ANSWER_GRACE instead of none: on a busy machine
+        one question may come to nothing."""
+        answer = await self.get_load()
+        since = asyncio.get_running_loop().time() - self._load_at
+        return answer or (self._load if since < ANSWER_GRACE else None)
 
     async def _ask(self, method: Any, message: Any) -> Any:
         try:

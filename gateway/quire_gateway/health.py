@@ -33,7 +33,7 @@ async def version(request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Readiness: 200 when a request sent now would be served."""
     gateway = request.app[GATEWAY]
-    status, problem = await _status(gateway, await _load(gateway))
+    status, problem = await _status(gateway, await gateway.engine.recent_load())
     if status == "ok":
         return json_response({"status": "ready"})
     return json_response({"status": status, "problem": problem}, 503)
@@ -42,7 +42,7 @@ async def ready(request: web.Request) -> web.Response:
 async def health(request: web.Request) -> web.Response:
     """The story: status, and the figures an operator looks at first."""
     gateway = request.app[GATEWAY]
-    load = await _load(gateway)
+    load = await gateway.engine.recent_load()
     status, problem = await _status(gateway, load)
     body = {
         "status": status,
@@ -60,7 +60,7 @@ async def metrics(request: web.Request) -> web.Response:
     """The gateway's page with those of scheduler and workers, each sample labelled by its
     service. Without the scheduler it is the gateway's alone."""
     gateway = request.app[GATEWAY]
-    load = await _load(gateway)
+    load = await gateway.engine.get_load()
     own = gateway.metrics
     own.engine_up.set(gateway.engine.connected)
     own.llm_cache_hit_rate.set(_hit_rate(load))
@@ -100,10 +100,6 @@ def _model(gateway: Gateway, name: str) -> dict[str, object]:
         "max_model_len": served.max_model_len if served else None,
         "permission": [],
     }
-
-
-async def _load(gateway: Gateway) -> engine_pb2.GetLoadResponse | None:
-    return await gateway.engine.get_load()
 
 
 async def _status(gateway: Gateway, load: engine_pb2.GetLoadResponse | None) -> tuple[str, str]:

@@ -25,8 +25,11 @@ def rig_with(num_blocks: int = 20, num_host_blocks: int = 200, copy_micros: int 
         num_blocks=num_blocks, num_host_blocks=num_host_blocks, copy_micros=copy_micros,
         step_costs=COSTS, max_slots=config.get("max_num_seqs", 8) + 1,
     )  # fmt: skip
-    rig = Rig(options, **{"max_num_batched_tokens": 256, "max_num_seqs": 8, **config})
-    # the simulated steps all take the same: the table is to hold
+    return hold_costs(Rig(options, **{"max_num_batched_tokens": 256, "max_num_seqs": 8, **config}))
+
+
+def hold_costs(rig: Rig) -> Rig:
+    """The simulated steps all take the same: the table is to hold."""
     rig.engine._driver.pacer.cost.observe = lambda *_: None  # type: ignore[method-assign]
     return rig
 
@@ -140,6 +143,7 @@ def test_a_scheduler_that_restarts_finds_both_tiers_full():
     worker.inner.outer = again.worker
     again.worker.hello()
     again.engine.turn(0)
+    hold_costs(again)
     assert again.engine.stats().host_blocks_used == len(worker.host_names) > 0
     for number in range(4):
         assert ask(again, prompt_of(number)) > 0
