@@ -32,8 +32,7 @@ class CpuLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features] -> [rows, out_features], x's dtype."""
         rows = x.shape[0]
-        multiple = self.row_block or self.row_multiple
-        extra = -rows % multiple
+        extra = -rows % (self.row_block or max(self.row_multiple, few_sizes(rows)))
         if extra:
             x = F.pad(x, (0, 0, 0, extra))
         if self.row_block:
@@ -50,6 +49,14 @@ class CpuLinear:
                 x, self.weight, self.bias, "none", [], ""
             )
         return F.linear(x, self.weight, self.bias)
+
+
+def few_sizes(rows: int) -> int:
+    """What to pad so many rows to a multiple of. oneDNN compiles a kernel for each number of rows
+    and keeps half a MiB of it, for up to 1,024 kernels."""
+    if rows <= 16:
+        return 1
+    return 16 if rows <= 256 else 64
 
 
 @contextmanager
