@@ -84,6 +84,7 @@ class Worker:
             self.model.weight_bytes,
             _memory_total(self.device),
         )
+        backends.keep_freed_memory()
         self.step_costs = calibrate.measure(self.runner)
         self.copy_micros = calibrate.measure_copy(self.runner)
         self.runner.memory_bytes = _memory_used(self.device)
