@@ -123,10 +123,10 @@ def prepare_threads(num_threads: int = 0) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed from now on. By default it gives large buffers back to the kernel,
-    or not, as the heap happens to lie: then each step takes them page by page anew (250,000 faults
-    and a third of the time of a step behind 1,500 tokens, 0.6 B parameters). Elsewhere nothing
-    happens. Call after loading, whose buffers are not needed again."""
+    """Let glibc keep what is freed from now on. By default it gives large buffers back to the
+    kernel, or not, as the heap happens to lie: then each step takes them page by page anew
+    (250,000 faults and a third of the time of a step behind 1,500 tokens, 0.6 B parameters).
+    Elsewhere nothing happens. Call after loading, whose buffers are not needed again."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
