@@ -187,7 +187,9 @@ class Replay:
 
     def _prepare(self, header: Header, hello: pb.Hello) -> None:
         """A worker like the one that said hello."""
-        blocks = _num_blocks(hello)
+        from quire_scheduler.group import num_blocks
+
+        blocks = num_blocks(hello)
         layout = (
             header.model, header.revision, hello.model_digest, hello.dtype, hello.kv_dtype,
             hello.block_size, blocks, hello.max_slots, hello.max_model_len,
@@ -225,6 +227,8 @@ class Replay:
 
 def _refuse_another(recorded: pb.Hello, ours: pb.Hello) -> None:
     """Raise ConfigError unless the worker can land on the same tokens."""
+    from quire_scheduler.group import num_blocks
+
     for name, cure in (
         ("model_digest", "replay it with the very model, by --model FOLDER"),
         ("dtype", f"leave out {flag('dtype')}"),
@@ -235,10 +239,10 @@ def _refuse_another(recorded: pb.Hello, ours: pb.Hello) -> None:
         was, now = getattr(recorded, name), getattr(ours, name)
         if was != now:
             raise ConfigError(f"{name} of the journal is {was}, of this worker {now}: {cure}.")
-    if _num_blocks(recorded) > _num_blocks(ours):
+    if num_blocks(recorded) > num_blocks(ours):
         raise ConfigError(
-            f"the journal needs {_num_blocks(recorded)} KV blocks, this worker has "
-            f"{_num_blocks(ours)}: leave out {flag('num_gpu_blocks_override')}."
+            f"the journal needs {num_blocks(recorded)} KV blocks, this worker has "
+            f"{num_blocks(ours)}: leave out {flag('num_gpu_blocks_override')}."
         )
     if recorded.system_fingerprint != ours.system_fingerprint:
         print(
@@ -246,7 +250,3 @@ def _refuse_another(recorded: pb.Hello, ours: pb.Hello) -> None:
             f"{ours.system_fingerprint} on {ours.device}: bits may differ for that alone.",
             file=sys.stderr,
         )
-
-
-def _num_blocks(hello: pb.Hello) -> int:
-    return next((t.num_blocks for t in hello.tiers if t.tier == pb.TIER_DEVICE), 0)

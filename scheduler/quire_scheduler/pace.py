@@ -24,7 +24,7 @@ ROUND_TRIPS = 3  # or so many round trips, if that is longer
 SMOOTHING = 0.1
 TARGET_SHARE = 0.8  # of --itl-target-ms, for the step; then the way to the client, and surprise
 COPY_SHARE = 0.1  # of --itl-target-ms, for copies between the tiers
-MIN_CHUNK = STEP_MULTIPLE = 16
+STEP_MULTIPLE = 16  # tokens; also the least that a prompt gets
 MAX_CHUNK = 1 << 16
 MAX_ROUND_TRIP_S = 0.005  # one slow answer must not bring the plans forward for long
 
@@ -55,17 +55,17 @@ class Pacer:
 
     def _prompt_tokens(self, decoding: StepSize, start: int) -> int:
         """Tokens that a prompt, from `start` on, may have beside the rows that decode, if the step
-        is to keep the target, by what such steps usually stray. Never less than MIN_CHUNK: a
+        is to keep the target, by how far such steps lately strayed; at least STEP_MULTIPLE: a
         prompt gets on even where decoding alone takes longer."""
         cost, target_s = self.cost, self._target_s * TARGET_SHARE
         if not cost.known:
-            return MIN_CHUNK
+            return STEP_MULTIPLE
         chunk = cost.largest_chunk(decoding, start, target_s, MAX_CHUNK)
         target_s /= 1 + cost.stray(decoding.num_tokens + chunk)
         chunk = cost.largest_chunk(decoding, start, target_s, chunk)
         # Few sizes of steps: kernels are compiled for each, and what one took tells of the next.
         rows = decoding.num_tokens
-        return max(MIN_CHUNK, (rows + chunk) // STEP_MULTIPLE * STEP_MULTIPLE - rows)
+        return max(STEP_MULTIPLE, (rows + chunk) // STEP_MULTIPLE * STEP_MULTIPLE - rows)
 
     def sent(self, plan: Plan, ahead: Sequence[Plan], now: float) -> None:
         """The plan leaves, behind those `ahead` that are not answered."""

@@ -57,6 +57,14 @@ class Rewritable(SimulatedMemory):
         self.holders[blocks] = 0
         super()._claim(blocks)
 
+    def write_span(self, slot: int, blocks: np.ndarray, start: int, states: np.ndarray) -> None:
+        self.owner[blocks] = (
+            slot  # a prompt may go on in a block that was computed ahead for another
+        )
+        self.filled[blocks] = 0
+        self.filled[blocks[0]] = start % self.block_size
+        super().write_span(slot, blocks, start, states)
+
 
 def replay(folder: Path, options: Options) -> tuple[Results, Results]:
     """(recorded, replayed) results of all segments, each with a worker that holds nothing."""
